@@ -1,0 +1,170 @@
+"""Attention with a soft cap, a window and grouped heads: one function, several ways to compute it.
+
+Dimension letters: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head size.
+Source: arXiv 2408.00118, section 2 (soft cap: cap * tanh(scores / cap), before the mask).
+
+    plain      the formula, whole score matrix at once
+    blockwise  the formula for a block of queries at a time: memory grows linearly with length
+    flex       torch's flex_attention, cap and window inside one CUDA kernel
+    sdpa       torch's scaled_dot_product_attention, which knows no soft cap: only when the caller turned
+               the cap off, and only for inference
+
+A backend that quietly leaves out the cap, the window or the scale still produces fluent text. So before a
+backend is used on a device for the first time it has to reproduce an oracle (`proof.py`), or it is refused.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from cabochon.base.errors import CabochonError, UsageError, nearest
+from cabochon.model.proof import failures
+from cabochon.model.visibility import Visibility
+
+Backend = Callable[[Tensor, Tensor, Tensor, Visibility, float, float | None], Tensor]
+
+BLOCK = 256  # queries at a time: scores of 8 heads against 8192 keys then take 64 MiB in float32
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Visibility,
+    *,
+    scale: float,
+    softcap: float | None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mix values by soft-capped scores: softmax(cap * tanh(q k^T scale / cap) + mask) v.
+
+    Args:
+        q: [B, N, T, H], rotated.
+        k, v: [B, K, S, H]; head n reads key-value head n // G.
+        visible: who sees whom; a query that sees nothing gets zeros.
+        scale: multiplies the scores (query_pre_attn_scalar ** -0.5).
+        softcap: 50 in Gemma 2; None turns it off, which is an explicit choice for inference only.
+        backend: a name from `BACKENDS`, or None for the best one here.
+
+    Returns:
+        [B, N, T, H] in q's dtype.
+
+    Raises:
+        UsageError: an unknown backend, or one that cannot do what is asked.
+        CabochonError: the backend failed its proof on this device.
+    """
+    name = backend or choose(q, k, softcap)
+    if name not in BACKENDS:
+        raise UsageError(
+            f"no attention backend named {name!r}",
+            f"there are {', '.join(BACKENDS)}",
+            f"did you mean {nearest(name, BACKENDS)!r}?",
+        )
+    if name == "sdpa":
+        _refuse_sdpa(softcap, training=torch.is_grad_enabled() and q.requires_grad)
+    require_proof(name, q.device.type, q.dtype)
+    return BACKENDS[name](q, k, v, visible, scale, softcap)
+
+
+def choose(q: Tensor, k: Tensor, softcap: float | None) -> str:
+    """The fastest backend that is exact for these inputs."""
+    if q.device.type == "cuda" and q.shape[2] > 1:
+        return "flex"
+    if softcap is None and not (torch.is_grad_enabled() and q.requires_grad):
+        return "sdpa"
+    return "plain" if q.shape[2] <= BLOCK else "blockwise"
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float | None) -> Tensor:
+    """The formula, all scores at once: [B, N, T, S] in float32."""
+    return _attend(q, k, v, visible.mask(), scale, softcap)
+
+
+def blockwise(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float | None) -> Tensor:
+    """The formula for `BLOCK` queries at a time, over only the keys that some query of the block sees."""
+    blocks = []
+    for start in range(0, q.shape[2], BLOCK):
+        end = min(start + BLOCK, q.shape[2])
+        low, high = visible.key_range(start, end)
+        part = (q[:, :, start:end], k[:, :, low:high], v[:, :, low:high])
+        mask = visible.mask(slice(start, end), slice(low, high))
+        if torch.is_grad_enabled() and q.requires_grad:  # keep no scores for the way back: make them again
+            blocks.append(checkpoint(_attend, *part, mask, scale, softcap, use_reentrant=False))
+        else:
+            blocks.append(_attend(*part, mask, scale, softcap))
+    return torch.cat(blocks, dim=2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """q [B, N, T, H], k and v [B, K, S, H], mask bool [B, T, S] -> [B, N, T, H]."""
+    (batch, heads, queries, size), (kv_heads, keys) = q.shape, k.shape[1:3]
+    grouped = q.reshape(batch, kv_heads, -1, size)  # [B, K, G * T, H]: no copy of the keys for each head
+    scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, queries, keys).float()
+    scores = scores * scale if softcap is None else torch.tanh(scores * (scale / softcap)) * softcap
+    # The lowest finite number instead of -inf: a row with nothing to see stays finite and is zeroed below.
+    scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1).to(q.dtype).view(batch, kv_heads, -1, keys)
+    mixed = (weights @ v).view(batch, heads, queries, size)
+    return mixed * mask.any(-1)[:, None, :, None]
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float | None) -> Tensor:
+    """flex_attention: one fused kernel on CUDA; elsewhere its slow but equal eager form."""
+
+    def cap(score: Tensor, *_indices: Tensor) -> Tensor:
+        return score if softcap is None else torch.tanh(score / softcap) * softcap
+
+    mixed = _flex_kernel(q.device.type)(
+        q, k, v, score_mod=cap, block_mask=visible.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    sees = (visible.key_positions > -1).any(-1, keepdim=True) & (visible.query_positions > -1)
+    return torch.where(sees[:, None, :, None], mixed, 0)
+
+
+@cache
+def _flex_kernel(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float | None) -> Tensor:
+    """torch's fused attention without a soft cap."""
+    mask = visible.mask()[:, None]
+    mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return torch.where(mask.any(-1, keepdim=True), mixed, 0)
+
+
+def _refuse_sdpa(softcap: float | None, training: bool) -> None:
+    if softcap is not None:
+        raise UsageError(
+            "the sdpa backend cannot compute Gemma 2 attention",
+            f"it has no soft cap, and this model's is {softcap:g}",
+            "leave the backend out, or turn the soft cap off with softcap=False, for inference only",
+        )
+    if training:
+        raise UsageError(
+            "attention without a soft cap cannot be trained",
+            "a Gemma 2 model that is tuned without its soft cap is another model when it is used",
+            "keep softcap=True",
+        )
+
+
+BACKENDS: dict[str, Backend] = {"plain": plain, "blockwise": blockwise, "flex": flex, "sdpa": sdpa}
+
+
+@cache
+def require_proof(name: str, device: str, dtype: torch.dtype) -> None:
+    """Run a backend's proof once for each device and dtype. Raises `CabochonError` with what it got wrong."""
+    wrong = failures(BACKENDS[name], device, dtype, with_softcap=name != "sdpa")
+    if wrong:
+        raise CabochonError(
+            f"the attention backend {name!r} is refused on {device}",
+            f"its {' and '.join(wrong)} differ from the float32 oracle",
+            "use another backend, and see `cabochon doctor`; answers from this one would be wrong",
+        )

@@ -1,0 +1,193 @@
+"""Gemma 2, top to bottom. Source: arXiv 2408.00118, section 2.
+
+    ids -> embedding * sqrt(D) -> layers -> norm -> (hidden)  ->  tied head -> soft cap -> logits
+
+Dimension letters: B batch, T positions, D hidden size, N query heads, K key-value heads, H head size,
+F feed-forward size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear
+
+from cabochon.model.attention import attention
+from cabochon.model.cache import KVCache
+from cabochon.model.config import Gemma2Config
+from cabochon.model.visibility import Visibility
+
+
+class Gemma2(nn.Module):
+    """The decoder. `forward` is `head(hidden(ids))`: whoever needs no whole logits stops after `hidden`."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_backend: str | None = None  # a name from attention.BACKENDS; None takes the best
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.final_norm = RMSNorm(config)
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits float32 [B, T, V]; arguments as in `hidden`."""
+        return self.head(self.hidden(ids, positions, documents, cache))
+
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Final hidden states [B, T, D], normed, in the weights' dtype.
+
+        Args:
+            ids: int64 [B, T].
+            positions: int64 [B, T], -1 for padding; None counts on from what the cache holds.
+            documents: int64 [B, T]; a query sees only keys of its own document. Not with a cache.
+            cache: where keys and values of earlier positions are and these are added.
+        """
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
+        visible = self._visibility(positions, documents) if cache is None else cache.extend(positions)
+        rotation = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.embedding(ids) * self._embedding_scale()
+        for i, block in enumerate(self.layers):
+            sight = visible[self.config.is_local(i)]
+            x = block(x, rotation, sight, cache, self.attention_backend)
+        normed: Tensor = self.final_norm(x)
+        return normed
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Soft-capped logits float32 [..., V] of hidden states [..., D]; the weight is the embedding's."""
+        return soft_cap(linear(hidden, self.embedding.weight).float(), self.config.final_softcap)
+
+    def _embedding_scale(self) -> float:
+        # Rounded to the weights' dtype as the published models were trained: 9b in bf16 has 59.75, not 59.866.
+        return torch.tensor(self.config.hidden_size**0.5, dtype=self.embedding.weight.dtype).item()
+
+    def _visibility(self, positions: Tensor, documents: Tensor | None) -> dict[bool, Visibility]:
+        windows = {True: self.config.sliding_window, False: None}
+        return {
+            local: Visibility(positions, positions, window, documents, documents)
+            for local, window in windows.items()
+        }
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each between a norm before and a norm after."""
+
+    def __init__(self, config: Gemma2Config, index: int) -> None:
+        super().__init__()
+        self.pre_attention_norm = RMSNorm(config)
+        self.attention = Attention(config, index)
+        self.post_attention_norm = RMSNorm(config)
+        self.pre_mlp_norm = RMSNorm(config)
+        self.mlp = GeGLU(config)
+        self.post_mlp_norm = RMSNorm(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        visible: Visibility,
+        cache: KVCache | None,
+        backend: str | None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        mixed = self.attention(self.pre_attention_norm(x), rotation, visible, cache, backend)
+        x = x + self.post_attention_norm(mixed)
+        out: Tensor = x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+        return out
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; N * H need not equal D."""
+
+    def __init__(self, config: Gemma2Config, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        self.scale = config.query_pre_attn_scalar**-0.5  # not always head_dim ** -0.5: 27b has 144 and 128
+        self.softcap = config.attn_softcap
+        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q = nn.Linear(config.hidden_size, wide, bias=False)
+        self.k = nn.Linear(config.hidden_size, narrow, bias=False)
+        self.v = nn.Linear(config.hidden_size, narrow, bias=False)
+        self.o = nn.Linear(wide, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        visible: Visibility,
+        cache: KVCache | None,
+        backend: str | None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        q, k, v = (self._split_heads(project(x)) for project in (self.q, self.k, self.v))
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            k, v = cache.update(self.index, k, v)
+        mixed = attention(q, k, v, visible, scale=self.scale, softcap=self.softcap, backend=backend)
+        out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """[B, T, heads * H] -> [B, heads, T, H]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class GeGLU(nn.Module):
+    """Feed-forward gated by a tanh-approximated GELU."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        out: Tensor = self.down(gelu(self.gate(x), approximate="tanh") * self.up(x))
+        return out
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight stored around zero: the factor is 1 + weight."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]; in float32 up to the final cast, as the torch references do."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (normed * (1.0 + self.weight.float())).type_as(x)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine float32 [B, 1, T, H/2] of positions [B, T] (arXiv 2104.09864)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + H/2) of x [B, heads, T, H] by their angles, in float32."""
+    cos, sin = rotation
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Smoothly keep x within (-cap, cap); the slope at 0 is 1."""
+    return x if cap is None else torch.tanh(x / cap) * cap

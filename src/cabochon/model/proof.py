@@ -1,0 +1,103 @@
+"""Crafted inputs on which an attention backend shows whether its cap, window, scale and mask are real.
+
+Random inputs of unit size hardly reach a cap of 50, and a prompt of ten tokens never leaves a window of 4096:
+on them a backend that ignores both looks right. Here every feature decides the answer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cabochon.model.visibility import NOTHING, Visibility
+
+SOFTCAP, WINDOW, SCALE = 50.0, 8, 0.31  # a scale that is no power of the head size
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One feature and an input on which leaving it out changes the answer beyond any rounding."""
+
+    feature: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    visible: Visibility
+
+
+def failures(
+    backend: Callable[[Tensor, Tensor, Tensor, Visibility, float, float | None], Tensor],
+    device: str,
+    dtype: torch.dtype,
+    *,
+    with_softcap: bool = True,
+) -> list[str]:
+    """The features that a backend gets wrong on this device; an empty list is a pass. Takes milliseconds."""
+    cap = SOFTCAP if with_softcap else None
+    wrong = []
+    with torch.no_grad():
+        for probe in probes(device, dtype):
+            expected = oracle(probe.q, probe.k, probe.v, probe.visible, SCALE, cap)
+            answer = backend(probe.q, probe.k, probe.v, probe.visible, SCALE, cap).float()
+            if not torch.allclose(answer, expected, rtol=0, atol=TOLERANCE[dtype]):
+                wrong.append(probe.feature)
+    return wrong
+
+
+def probes(device: str, dtype: torch.dtype) -> list[Probe]:
+    """The crafted inputs, heads grouped two to one, head size 16."""
+    ahead = torch.arange(24, device=device)[None]
+    late = ahead[:, -3:]  # queries that come after more keys than the window holds, as when decoding
+    padded = torch.cat([ahead, torch.where(ahead < 5, NOTHING, ahead - 5)])
+    everything = Visibility(ahead, ahead, None)
+    return [
+        # Scores of some +-200: without the cap a single key wins, with it several share.
+        Probe("soft cap", *_inputs(24, 24, 1, 50.0, device, dtype), everything),
+        Probe("scale", *_inputs(24, 24, 1, 1.0, device, dtype), everything),
+        # Equal scores: each value counts the same, so one key too many or too few shows at once.
+        Probe("window edge", *_inputs(24, 24, 1, 0.0, device, dtype), Visibility(ahead, ahead, WINDOW)),
+        Probe("window beyond the prompt", *_inputs(3, 24, 1, 0.0, device, dtype), Visibility(late, ahead, WINDOW)),
+        Probe("padding", *_inputs(24, 24, 2, 1.0, device, dtype), Visibility(padded, padded, WINDOW)),
+        Probe("documents", *_inputs(24, 24, 1, 1.0, device, dtype), _two_documents(ahead)),
+    ]
+
+
+def _two_documents(positions: Tensor) -> Visibility:
+    document = (positions >= 10).long()
+    restarted = positions - 10 * document
+    return Visibility(restarted, restarted, None, document, document)
+
+
+def _inputs(
+    queries: int, keys: int, batch: int, size: float, device: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reproducible q [B, 4, T, 16], k and v [B, 2, S, 16]; `size` is the standard deviation of the scores."""
+    draw = torch.Generator().manual_seed(2408_00118)
+    q, k, v = (torch.randn(batch, n, t, 16, generator=draw) for n, t in ((4, queries), (2, keys), (2, keys)))
+    q = q * (size / (SCALE * 4))
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float | None) -> Tensor:
+    """The formula once more in float32, written to share nothing with the backends: a loop over queries."""
+    q, k, v = q.float(), k.float(), v.float()
+    answer = torch.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    for b in range(q.shape[0]):
+        for t in range(q.shape[2]):
+            keys = [s for s in range(k.shape[2]) if _sees(visible, b, t, s)]
+            for n in range(q.shape[1] if keys else 0):
+                scores = k[b, n // group, keys] @ q[b, n, t] * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                answer[b, n, t] = torch.softmax(scores, 0) @ v[b, n // group, keys]
+    return answer
+
+
+def _sees(visible: Visibility, b: int, t: int, s: int) -> bool:
+    i, j = int(visible.query_positions[b, t]), int(visible.key_positions[b, s])
+    same = visible.query_documents is None or visible.key_documents is None
+    same = same or int(visible.query_documents[b, t]) == int(visible.key_documents[b, s])  # type: ignore[index]
+    return same and j != NOTHING and j <= i and (visible.window is None or i - j < visible.window)
