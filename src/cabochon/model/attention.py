@@ -28,7 +28,7 @@ from cabochon.model.visibility import Visibility
 
 Backend = Callable[[Tensor, Tensor, Tensor, Visibility, float, float | None], Tensor]
 
-BLOCK = 256  # queries at a time: scores of 8 heads against 8192 keys then take 64 MiB in float32
+BLOCK = 128  # queries at a time: scores of 8 heads against 8192 keys then take 32 MiB in float32
 
 
 def attention(
@@ -67,7 +67,8 @@ def attention(
         )
     if name == "sdpa":
         _refuse_sdpa(softcap, training=torch.is_grad_enabled() and q.requires_grad)
-    require_proof(name, q.device.type, q.dtype)
+    if (name, q.device.type, q.dtype) not in _PROVED:
+        prove(name, q.device.type, q.dtype)
     return BACKENDS[name](q, k, v, visible, scale, softcap)
 
 
@@ -88,7 +89,9 @@ def plain(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, so
 def blockwise(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float | None) -> Tensor:
     """The formula for `BLOCK` queries at a time, over only the keys that some query of the block sees."""
     blocks = []
-    for start in range(0, q.shape[2], BLOCK):
+    # From the last block, which sees most keys, to the first: the allocator then reuses what it has freed, while
+    # blocks that grow never fit the holes that smaller ones left (1.6 GiB instead of 0.25 at 8192 tokens of 2b).
+    for start in reversed(range(0, q.shape[2], BLOCK)):
         end = min(start + BLOCK, q.shape[2])
         low, high = visible.key_range(start, end)
         part = (q[:, :, start:end], k[:, :, low:high], v[:, :, low:high])
@@ -97,7 +100,7 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float
             blocks.append(checkpoint(_attend, *part, mask, scale, softcap, use_reentrant=False))
         else:
             blocks.append(_attend(*part, mask, scale, softcap))
-    return torch.cat(blocks, dim=2)
+    return torch.cat(blocks[::-1], dim=2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -158,13 +161,17 @@ def _refuse_sdpa(softcap: float | None, training: bool) -> None:
 BACKENDS: dict[str, Backend] = {"plain": plain, "blockwise": blockwise, "flex": flex, "sdpa": sdpa}
 
 
-@cache
-def require_proof(name: str, device: str, dtype: torch.dtype) -> None:
-    """Run a backend's proof once for each device and dtype. Raises `CabochonError` with what it got wrong."""
+_PROVED: set[tuple[str, str, torch.dtype]] = set()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def prove(name: str, device: str, dtype: torch.dtype) -> None:
+    """Let a backend show what it can on a device; raises `CabochonError` with what it got wrong."""
     wrong = failures(BACKENDS[name], device, dtype, with_softcap=name != "sdpa")
     if wrong:
         raise CabochonError(
             f"the attention backend {name!r} is refused on {device}",
-            f"its {' and '.join(wrong)} differ from the float32 oracle",
+            f"it differs from the float32 oracle in: {', '.join(wrong)}",
             "use another backend, and see `cabochon doctor`; answers from this one would be wrong",
         )
+    _PROVED.add((name, device, dtype))

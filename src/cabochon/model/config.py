@@ -166,7 +166,7 @@ _REQUIRED_HF = tuple(
     _HF_NAMES[f] for f in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
                            "intermediate_size", "query_pre_attn_scalar")
 )  # fmt: skip
-_FIXED_HF = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
+_FIXED_HF: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
 
 
 def _layer_types(num_layers: int) -> list[str]:
@@ -175,7 +175,9 @@ def _layer_types(num_layers: int) -> list[str]:
 
 def _refuse_variants(raw: Mapping[str, Any]) -> None:
     """Settings that would make it another architecture are errors, never ignored."""
-    expected: dict[str, Any] = {**_FIXED_HF, "layer_types": _layer_types(int(raw["num_hidden_layers"]))}
+    expected = dict(_FIXED_HF)
+    if isinstance(raw["num_hidden_layers"], int):  # what it is instead is found out later
+        expected["layer_types"] = _layer_types(raw["num_hidden_layers"])
     for key, value in expected.items():
         if raw.get(key) not in (None, value):
             raise _impossible(f"config.json sets {key} to {raw[key]!r}", f"Gemma 2 has {value!r} there")

@@ -1,0 +1,42 @@
+# Every target does its own set-up on a fresh machine; scripts/setup says what it does.
+BIN := .venv/bin
+# Several test processes share the machine: one thread each is faster than all threads in each.
+TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n auto
+
+.PHONY: help chat test test-slow lint types tiny clean
+
+help:
+	@echo 'make chat       talk to the model that ships inside'
+	@echo 'make test       run the tests (make test-slow: the long ones)'
+	@echo 'make lint       check style; make types: check types'
+	@echo 'make tiny       rebuild the model that ships inside from nothing'
+	@echo 'make clean      remove .venv and all caches'
+
+chat: .venv/.installed
+	@$(BIN)/python -m cabochon chat
+
+test: .venv/.installed-dev
+	@$(TEST)
+
+test-slow: .venv/.installed-dev
+	@$(TEST) -m slow
+
+lint: .venv/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: .venv/.installed-dev
+	@$(BIN)/mypy
+
+tiny: .venv/.installed
+	@$(BIN)/python -m cabochon.recipe.miniature
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	@PYTHON="$(PYTHON)" scripts/setup
+
+.venv/.installed-dev: .venv/.installed
+	@scripts/setup dev

@@ -1,0 +1,7 @@
+"""`python -m cabochon` is the `cabochon` command."""
+
+import sys
+
+from cabochon.cli.main import main
+
+sys.exit(main())

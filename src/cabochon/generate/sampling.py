@@ -1,0 +1,115 @@
+"""Logits in, a token out: pure functions on the logits of one position, and the settings that steer them.
+
+The order is the usual one: penalties, bias, temperature, top-k, top-p, min-p, draw. V is the vocabulary.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cabochon.base.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is answered. Raises `UsageError` for a value outside its range."""
+
+    max_new_tokens: int | None = None  # None: until the model stops or the context is full
+    temperature: float = 0.0  # 0 is greedy: the most likely token, always
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set of tokens whose probabilities reach p (arXiv 1904.09751)
+    min_p: float = 0.0  # keep tokens at least this share as likely as the likeliest (arXiv 2407.01082)
+    repetition_penalty: float = 1.0  # divide positive, multiply negative logits of seen tokens (arXiv 1909.05858)
+    presence_penalty: float = 0.0  # subtract from the logits of generated tokens, once
+    frequency_penalty: float = 0.0  # subtract from the logits of generated tokens, for each time
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()  # text that ends the answer and is not part of it
+    seed: int | None = None  # None: another answer every time
+    n: int = 1  # answers to the same prompt
+    logprobs: int | None = None  # alternatives to report for each token; 0 reports only the token's own
+
+    def __post_init__(self) -> None:
+        rules = {
+            "max_new_tokens": (self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < math.inf, "at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0, where 0 keeps all"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0, where 1 changes nothing"),
+            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
+            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
+            "logit_bias": (not any(map(math.isnan, self.logit_bias.values())), "numbers"),
+            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of texts that are not empty"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**63, "a whole number of at least 0"),
+            "n": (1 <= self.n <= 128, "between 1 and 128"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise UsageError(f"{name} cannot be {getattr(self, name)!r}", f"it has to be {rule}", f"change {name}")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability in nats, before penalties and temperature, and the likeliest alternatives."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def sample(logits: Tensor, params: SamplingParams, prompt: Tensor, generated: Tensor, draw: torch.Generator) -> int:
+    """Choose the next token from float32 logits [V], given the ids (int64, any length) so far."""
+    logits = bias(penalize(logits, params, prompt, generated), params.logit_bias)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    kept = keep(torch.softmax(logits / params.temperature, dim=-1), params)
+    return int(torch.multinomial(kept.cpu(), 1, generator=draw))  # on the CPU: one seed, one answer, any device
+
+
+def penalize(logits: Tensor, params: SamplingParams, prompt: Tensor, generated: Tensor) -> Tensor:
+    """Lower the logits of tokens seen before: repetition counts the prompt, the other two only the answer."""
+    if params.repetition_penalty != 1:
+        seen = torch.cat([prompt, generated]).unique()
+        theirs = logits[seen]
+        penalty = params.repetition_penalty
+        logits = logits.index_copy(0, seen, torch.where(theirs > 0, theirs / penalty, theirs * penalty))
+    if (params.presence_penalty or params.frequency_penalty) and len(generated):
+        seen, counts = generated.unique(return_counts=True)
+        logits = logits.index_add(0, seen, -(params.presence_penalty + params.frequency_penalty * counts))
+    return logits
+
+
+def bias(logits: Tensor, biases: Mapping[int, float]) -> Tensor:
+    """Add a number to the logits of some tokens; -inf forbids one."""
+    if not biases:
+        return logits
+    ids = torch.tensor(list(biases), device=logits.device)
+    return logits.index_add(0, ids, torch.tensor(list(biases.values()), dtype=logits.dtype, device=logits.device))
+
+
+def keep(probabilities: Tensor, params: SamplingParams) -> Tensor:
+    """Zero the probabilities [V] that top-k, top-p and min-p cut off, each taking what the one before left.
+
+    Not normalised again: every step compares shares of what is left, and drawing needs no sum of one.
+    """
+    kept, order = probabilities.sort(descending=True, stable=True)
+    if 0 < params.top_k < len(kept):
+        kept[params.top_k :] = 0
+    if params.top_p < 1:
+        before = kept.cumsum(0) - kept  # mass of the likelier ones: a token stays while this is short of p
+        kept[before >= params.top_p * kept.sum()] = 0
+    if params.min_p > 0:
+        kept[kept < params.min_p * kept[0]] = 0
+    return torch.zeros_like(kept).scatter(0, order, kept)
+
+
+def describe(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:
+    """The log-probability of a token under float32 logits [V], with that many of the likeliest beside it."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, ids = logprobs.topk(min(alternatives, len(logprobs)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token, logprobs[token].item(), top)
