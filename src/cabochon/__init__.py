@@ -8,8 +8,9 @@ The names below load their modules, and with them torch, when they are first use
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from cabochon.base.version import package_version
 
 if TYPE_CHECKING:
     from cabochon.base.errors import CabochonError as CabochonError
@@ -30,10 +31,7 @@ _HOME_OF = {
 
 __all__ = ["LM", "CabochonError", "Completion", "Gemma2", "Gemma2Config", "__version__", "load"]
 
-try:
-    __version__ = version("cabochon")
-except PackageNotFoundError:  # run from a source folder that was never installed
-    __version__ = "0+unknown"
+__version__ = package_version()
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,8 @@ from io import TextIOWrapper
 
 from cyclopts import App, CycloptsError
 
-import cabochon
 from cabochon.base.errors import CabochonError
+from cabochon.base.version import package_version
 from cabochon.cli.usage import explain
 
 # name: (module:function, what is typed behind the name, what `cabochon --help` says about it)
@@ -22,6 +22,7 @@ COMMANDS = {
     "pull": ("cabochon.cli.pull:pull", "REPO", "Fetch a model from the Hugging Face Hub."),
     "list": ("cabochon.cli.models:list_models", "", "List the models on this machine."),
     "show": ("cabochon.cli.show:show", "[MODEL]", "Describe a model without loading its weights."),
+    "doctor": ("cabochon.cli.doctor:doctor", "", "Check what this machine can run, and that it is exact."),
     "init": ("cabochon.cli.init:init", "--preset SIZE --out FOLDER", "Make a model with random weights."),
 }
 
@@ -33,7 +34,7 @@ def application(chosen: str | None = None) -> App:
     app = App(
         name="cabochon",
         help="Gemma 2, exact, from a prompt to an answer.\n\nExample: cabochon chat",
-        version=cabochon.__version__,
+        version=package_version(),
         # Plain text and not markdown: help must not load a markdown parser.
         help_format="plaintext",
         result_action="return_value",

@@ -1,0 +1,110 @@
+"""What this machine has: cores, instruction sets, memory, and how fast it reads memory. Linux and macOS."""
+
+import os
+import platform
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Instruction sets that decide which kernels run, as /proc/cpuinfo and sysctl name them, fastest first.
+_SETS = {
+    "amx_bf16": "AMX bf16", "amx_int8": "AMX int8", "avx512_bf16": "AVX512 bf16", "avx512_vnni": "AVX512 VNNI",
+    "avx512f": "AVX512", "avx_vnni": "AVX VNNI", "avx2": "AVX2", "i8mm": "I8MM", "bf16": "BF16", "sve": "SVE",
+    "asimd": "NEON", "arm": "NEON",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Sizes in bytes, bandwidth in bytes per second."""
+
+    processor: str
+    cores: int
+    instruction_sets: tuple[str, ...]
+    memory: int
+    free_memory: int
+    gpus: tuple[str, ...]
+    gpu_memory: int  # of the first one; 0 without
+    read_bandwidth: float  # of the memory that weights would be read from
+
+    @property
+    def has_gpu(self) -> bool:
+        return bool(self.gpus)
+
+
+def inspect() -> Machine:
+    """Look at the machine and read half a GiB of its memory a few times (about half a second)."""
+    import torch
+
+    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    total, free = _memory()
+    return Machine(
+        processor=_processor(),
+        cores=usable_cores(),
+        instruction_sets=_instruction_sets(),
+        memory=total,
+        free_memory=free,
+        gpus=gpus,
+        gpu_memory=torch.cuda.get_device_properties(0).total_memory if gpus else 0,
+        read_bandwidth=_read_bandwidth("cuda" if gpus else "cpu"),
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which a container can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _processor() -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    if found:
+        return found[1].strip()
+    return _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
+
+
+def _instruction_sets() -> tuple[str, ...]:
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    flags = set(found[1].split()) if found else set(platform.machine()[:3].split())
+    return tuple(dict.fromkeys(name for flag, name in _SETS.items() if flag in flags))
+
+
+def _memory() -> tuple[int, int]:
+    """Total and free bytes; a container's limit counts as the total."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        total = int(_sysctl("hw.memsize") or 0)
+        return total, total
+    fields = {k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)}
+    total = fields["MemTotal"]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip().isdigit():
+        total = min(total, int(limit.read_text()))
+    return total, min(fields.get("MemAvailable", total), total)
+
+
+def _sysctl(name: str) -> str:
+    try:
+        done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _read_bandwidth(device: str) -> float:
+    """Bytes per second of the best of five reductions over 512 MiB, more than any cache holds."""
+    import torch
+
+    data = torch.ones(2**27, dtype=torch.float32, device=device)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        float(data.sum())  # reading the result waits for a GPU to finish
+        best = min(best, time.perf_counter() - started)
+    return data.nbytes / best

@@ -1,0 +1,114 @@
+"""`cabochon doctor`: what this machine has, which attention is exact on it, and what would run best."""
+
+import json as json_format
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from cabochon.cli.options import Json
+from cabochon.model.config import PRESETS, Gemma2Config
+
+if TYPE_CHECKING:
+    from cabochon.base.machine import Machine
+
+GIB = 2**30
+
+
+def doctor(*, json: Json = False) -> int:
+    """Check this machine: its hardware, and every attention backend against an oracle.
+
+    Exit code 1 when a backend that would be chosen here fails its proof.
+
+    Example: cabochon doctor
+    """
+    from cabochon.base.machine import inspect
+
+    machine = inspect()
+    device = "cuda" if machine.has_gpu else "cpu"
+    proofs = prove_all(device)
+    sizes = {name: run_estimate(machine, Gemma2Config.preset(name)) for name in PRESETS}
+    if json:
+        print(json_format.dumps({"machine": asdict(machine), "attention": proofs, "sizes": sizes}))
+    else:
+        _print(machine, device, proofs, sizes)
+    needed = ("flex", "blockwise") if machine.has_gpu else ("plain", "blockwise")
+    return int(any(proofs[name][dtype] for name in needed for dtype in proofs[name]))
+
+
+def prove_all(device: str) -> dict[str, dict[str, list[str]]]:
+    """For each backend and dtype the features it gets wrong on a device; an empty list is a pass."""
+    import warnings
+
+    import torch
+
+    from cabochon.model.attention import BACKENDS
+    from cabochon.model.proof import failures
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # flex_attention complains about its own eager form
+        return {
+            name: {
+                str(dtype).removeprefix("torch."): failures(run, device, dtype, with_softcap=name != "sdpa")
+                for dtype in (torch.float32, torch.bfloat16)
+            }
+            for name, run in BACKENDS.items()
+        }
+
+
+def run_estimate(machine: "Machine", config: Gemma2Config) -> dict[str, float | bool | str]:
+    """Whether a model fits in bf16, and the most tokens per second that memory reads allow.
+
+    Every token reads every weight once; a cache of one full conversation has to fit beside them.
+    """
+    memory = machine.gpu_memory or machine.free_memory
+    cached = sum(
+        min(config.max_position, config.window(i) or config.max_position) for i in range(config.num_layers)
+    )
+    weights = 2 * config.num_parameters
+    need = weights + cached * 4 * config.num_kv_heads * config.head_dim
+    return {
+        "needs_gib": round(need / GIB, 2),
+        "fits": need < 0.95 * memory,
+        "tokens_per_second_at_most": round(machine.read_bandwidth / weights, 1),
+    }
+
+
+def _print(
+    machine: "Machine",
+    device: str,
+    proofs: dict[str, dict[str, list[str]]],
+    sizes: dict[str, dict[str, float | bool | str]],
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_row("processor", f"{machine.processor}, {machine.cores} cores for this process")
+    facts.add_row("instructions", ", ".join(machine.instruction_sets) or "none that matter were found")
+    facts.add_row("memory", f"{machine.memory / GIB:.1f} GiB, {machine.free_memory / GIB:.1f} free")
+    facts.add_row(
+        "GPU", f"{', '.join(machine.gpus)}, {machine.gpu_memory / GIB:.0f} GiB" if machine.gpus else "none"
+    )
+    facts.add_row("bandwidth", f"{machine.read_bandwidth / 1e9:.0f} GB/s of reads, measured just now")
+
+    attention = Table("attention", "float32", "bfloat16", "used", title=f"against the oracle, on {device}")
+    for name, found in proofs.items():
+        verdicts = [f"wrong: {', '.join(wrong)}" if wrong else "exact" for wrong in found.values()]
+        attention.add_row(name, *verdicts, _USED[name])
+
+    models = Table("model", "weights and cache, bf16", "fits", "tokens/s at most", title="what runs here")
+    for name, told in sizes.items():
+        fits = "yes" if told["fits"] else "no"
+        models.add_row(name, f"{told['needs_gib']:g} GiB", fits, f"{told['tokens_per_second_at_most']:,.0f}")
+    console = Console()
+    for table in (facts, attention, models):
+        console.print(table)
+    best = [name for name, told in sizes.items() if told["fits"] and name != "tiny"]
+    console.print(f"best: {'Gemma 2 ' + best[-1] if best else 'the model inside'} in bfloat16 on {device}")
+
+
+_USED = {
+    "plain": "short prompts and single tokens",
+    "blockwise": "long prompts on a CPU",
+    "flex": "prompts on a GPU",
+    "sdpa": "only with the soft cap turned off",
+}
