@@ -29,7 +29,7 @@ types: .venv/.installed-dev
 	@$(BIN)/mypy
 
 tiny: .venv/.installed
-	@$(BIN)/python -m cabochon.recipe.miniature
+	@$(BIN)/python -m cabochon.recipe.tiny src/cabochon/models/tiny
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

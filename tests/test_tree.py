@@ -47,12 +47,13 @@ def imports(file: Path, source: Path) -> Iterator[tuple[int, str]]:
             module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
             # `from package import name` may name a module: the longer form shows which part is meant.
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
-            "import_module",
-            "__import__",
-        ):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                yield node.lineno, str(node.args[0].value)
+        elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__"):
+            constants = [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
+            yield from ((node.lineno, str(name)) for name in constants)
+
+
+def _called(node: ast.Call) -> str:
+    return ast.unparse(node.func).split(".")[-1]
 
 
 # The checks

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        application(*tokens[:1])(tokens)
+        code = application(*tokens[:1])(tokens)  # None, or what a command that judges something came to
         sys.stdout.flush()
     except CycloptsError as problem:
         return _report(explain(problem, COMMANDS))
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough. Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return code if isinstance(code, int) else 0
 
 
 def _report(error: CabochonError) -> int:

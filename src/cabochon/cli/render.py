@@ -17,18 +17,24 @@ FENCES = ("```", "~~~")
 
 def render_stream(pieces: Iterable[str], console: Console) -> None:
     """Shows pieces of markdown as they come. What is complete stays visible if `pieces` raises."""
-    text = ""
+    text, gap = "", False
+
+    def keep(block: str) -> None:
+        nonlocal gap
+        if block.strip():
+            # Markdown leaves the space between paragraphs to whoever prints more than one.
+            console.print(*([""] if gap else []), Markdown(block), sep="\n")
+            gap = True
+
     with Live(console=console, transient=True, refresh_per_second=12, vertical_overflow="crop") as live:
         try:
             for piece in pieces:
                 done, text = split_complete(text + printable(piece))
-                if done:
-                    console.print(Markdown(done))
+                keep(done)
                 live.update(_tail(text, console))
         finally:
             live.update(Text(""))
-            if text.strip():
-                console.print(Markdown(text))
+            keep(text)
 
 
 def split_complete(text: str) -> tuple[str, str]:

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import HTML
@@ -68,16 +69,16 @@ def _answer(session: ChatSession, ask: Ask, console: Console) -> None:
         console.print(_speed(stream.completion), style="dim")
 
 
-def _collect(stream: Iterator[str], pieces: list[str]) -> Iterator[str]:
+def _collect(stream: Iterable[str], pieces: list[str]) -> Iterator[str]:
     for piece in stream:
         pieces.append(piece)
         yield piece
 
 
-def _speed(completion: object) -> str:
-    usage = completion.usage  # type: ignore[attr-defined]
+def _speed(completion: Any) -> str:
+    usage = completion.usage
     rate = usage.completion_tokens / usage.seconds if usage.seconds > 0 else 0.0
-    cut = " · cut at the longest length" if completion.finish_reason == "length" else ""  # type: ignore[attr-defined]
+    cut = " · cut at the longest length" if completion.finish_reason == "length" else ""
     return f"{usage.completion_tokens} tokens · {rate:.1f} tokens/s{cut}"
 
 

@@ -66,7 +66,8 @@ def sample(logits: Tensor, params: SamplingParams, prompt: Tensor, generated: Te
     logits = bias(penalize(logits, params, prompt, generated), params.logit_bias)
     if params.temperature == 0:
         return int(logits.argmax())
-    kept = keep(torch.softmax(logits / params.temperature, dim=-1), params)
+    below = logits - logits.max()  # the largest becomes 0, so that a tiny temperature overflows nothing
+    kept = keep(torch.softmax(below / max(params.temperature, 1e-6), dim=-1), params)
     return int(torch.multinomial(kept.cpu(), 1, generator=draw))  # on the CPU: one seed, one answer, any device
 
 

@@ -39,7 +39,9 @@ def widen_tokenizer(files: Mapping[str, bytes], size: int) -> dict[str, bytes]:
     """
     document = json.loads(files["tokenizer.json"])
     vocabulary: dict[str, int] = document["model"]["vocab"]
-    used = set(vocabulary.values()) | {token["id"] for token in document["added_tokens"]}
+    for token in document["added_tokens"]:  # those beside the vocabulary would be numbered anew behind it
+        vocabulary.setdefault(token["content"], token["id"])
+    used = set(vocabulary.values())
     if max(used) >= size:
         raise UsageError(
             f"a vocabulary of {size} is too small",

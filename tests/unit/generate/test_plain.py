@@ -11,7 +11,9 @@ from cabochon.generate.sampling import SamplingParams
 MODEL = small_model(seed=1)
 
 
-def run(prompts: list[list[int]], params: list[SamplingParams], stop: frozenset[int] = frozenset()) -> list[list[Sampled]]:
+def run(
+    prompts: list[list[int]], params: list[SamplingParams], stop: frozenset[int] = frozenset()
+) -> list[list[Sampled]]:
     loop = PlainLoop(MODEL, prompts, params, stop)
     rows: list[list[Sampled]] = [[] for _ in loop.live]
     while loop.live:
@@ -42,7 +44,9 @@ def test_n_answers_are_different_and_repeatable() -> None:
     first, again = tokens(run([prompt(4)], [params])), tokens(run([prompt(4)], [params]))
     assert first == again
     assert len({tuple(row) for row in first}) == 3
-    assert tokens(run([prompt(4)], [SamplingParams(max_new_tokens=12, temperature=1.5, seed=3)]))[0] == first[0]
+    assert (
+        tokens(run([prompt(4)], [SamplingParams(max_new_tokens=12, temperature=1.5, seed=3)]))[0] == first[0]
+    )
 
 
 def test_no_seed_differs_from_run_to_run() -> None:

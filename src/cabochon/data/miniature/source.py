@@ -1,0 +1,65 @@
+"""Code and English prose that every Python brings along: its library's source, docstrings and help topics.
+
+What a run reads depends on the Python that runs it, so a model card has to name the version.
+"""
+
+import ast
+import hashlib
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "encodings", "turtledemo", "__pycache__",
+             "ensurepip", "pydoc_data", "dist-packages"}  # fmt: skip
+_LARGEST = 120_000  # characters; what is larger is mostly tables
+
+
+@cache
+def code_files() -> dict[str, str]:
+    """Path inside the library -> source text, in order of path."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(p.relative_to(root) for p in root.rglob("*.py"))
+    texts = {}
+    for path in paths:
+        if _LEFT_OUT & set(path.parts) or path.name.startswith("_sysconfigdata"):
+            continue
+        try:
+            text = (root / path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):  # a few files of old encodings
+            continue
+        if 200 < len(text) < _LARGEST:
+            texts[path.as_posix()] = text
+    return texts
+
+
+@cache
+def prose() -> dict[str, str]:
+    """Name -> help topic or docstring of some length, in order of name."""
+    from pydoc_data.topics import topics
+
+    texts = {f"topic {name}": text for name, text in sorted(topics.items())}
+    for path, text in code_files().items():
+        texts |= {f"{path} {i}": doc for i, doc in enumerate(_docstrings(text))}
+    return texts
+
+
+def _docstrings(text: str) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in the library's own strings
+        try:
+            tree = ast.parse(text)
+        except SyntaxError:
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            doc = ast.get_docstring(node)
+            if doc and len(doc) > 150 and ">>>" not in doc:
+                yield doc
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a file, with all its docstrings, or a topic is kept for measuring perplexity: 3% of them."""
+    key = name if name.startswith("topic ") else name.split(" ")[0]
+    return hashlib.sha256(key.encode()).digest()[0] < 8

@@ -1,0 +1,198 @@
+"""Write a model folder that Hugging Face's libraries read: shards, index, configuration, tokenizer files.
+
+Tensors go to the disk piece by piece, so saving needs no second copy of the model, and a model that is larger than
+memory can be written from a generator (`write_folder`).
+"""
+
+import json
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from cabochon.base.errors import MissingResource, UsageError
+from cabochon.base.files import atomic_folder
+from cabochon.model.config import Gemma2Config
+from cabochon.model.gemma2 import Gemma2
+from cabochon.weights.names import to_hf
+from cabochon.weights.verify import CONFIG, INDEX, SINGLE
+
+GENERATION = "generation_config.json"
+SHARD_BYTES = 5_000_000_000
+PIECE = 2**22  # elements converted and written at once
+_SAFETENSORS = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is going to be written: its parts, in order, make up the flat tensor."""
+
+    name: str  # as Hugging Face calls it
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Tensor]]
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes on the disk."""
+        return torch.Size(self.shape).numel() * dtype.itemsize
+
+
+def save_model(
+    model: Gemma2,
+    folder: Path,
+    *,
+    tokenizer_files: Mapping[str, bytes] | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write a model as a folder, whole or not at all.
+
+    Args:
+        model: on any device.
+        folder: new or empty, unless `overwrite`, which replaces a model folder and nothing else.
+        tokenizer_files: file name to content, written unchanged beside the weights.
+        dtype: bfloat16 or float32; None keeps the embedding's.
+        shard_bytes: the most bytes of weights in one file (a single tensor may be larger).
+
+    Raises:
+        UsageError: the folder exists and is in use, or the dtype cannot be stored.
+        MissingResource: no space or no permission. Nothing is left behind.
+    """
+    entries = [
+        Entry(to_hf(name), tuple(parameter.shape), partial(_pieces, parameter))
+        for name, parameter in model.named_parameters()
+    ]
+    write_folder(
+        folder,
+        model.config,
+        entries,
+        dtype=dtype or model.embedding.weight.dtype,
+        tokenizer_files=tokenizer_files,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+    )
+
+
+def write_folder(
+    folder: Path,
+    config: Gemma2Config,
+    entries: Iterable[Entry],
+    *,
+    dtype: torch.dtype,
+    tokenizer_files: Mapping[str, bytes] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write a model folder from entries that make their values when asked; arguments as in `save_model`."""
+    folder = Path(folder)
+    if dtype not in _SAFETENSORS:
+        raise UsageError(
+            f"weights cannot be saved in {dtype}", "folders hold bfloat16 or float32", "choose one"
+        )
+    _check_names(tokenizer_files or {})
+    _check_replaces_a_model(folder)
+    try:
+        with atomic_folder(folder, overwrite=overwrite) as temporary:
+            _write_shards(temporary, _shards(entries, dtype, shard_bytes), dtype)
+            for name, document in _documents(config, dtype).items():
+                (temporary / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            for name, content in (tokenizer_files or {}).items():
+                (temporary / name).write_bytes(content)
+    except OSError as error:
+        raise MissingResource(
+            f"{folder} was not written",
+            error.strerror or str(error),
+            "free some space or choose another place; nothing was left behind",
+        ) from None
+
+
+def write_safetensors(file: BinaryIO, entries: Iterable[Entry], dtype: torch.dtype) -> None:
+    """One safetensors file (the format is described in `header.py`), its data aligned to 64 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    entries, end = list(entries), 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes(dtype)
+        header[entry.name] = {
+            "dtype": _SAFETENSORS[dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % 64)
+    file.write(struct.pack("<Q", len(raw)) + raw)
+    for entry in entries:
+        written = 0
+        for piece in entry.pieces():
+            ready = piece.detach().to("cpu", dtype).contiguous()
+            written += file.write(ready.view(torch.uint8).numpy().data)
+        assert written == entry.nbytes(dtype), entry.name
+
+
+def _pieces(parameter: Tensor) -> Iterator[Tensor]:
+    yield from parameter.detach().reshape(-1).split(PIECE)
+
+
+def _shards(entries: Iterable[Entry], dtype: torch.dtype, limit: int) -> list[list[Entry]]:
+    """Fill one file after the other, in order."""
+    shards: list[list[Entry]] = []
+    room = 0
+    for entry in entries:
+        size = entry.nbytes(dtype)
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(entry)
+        room -= size
+    return shards
+
+
+def _write_shards(folder: Path, shards: list[list[Entry]], dtype: torch.dtype) -> None:
+    count = len(shards)
+    names = (
+        [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    )
+    for name, shard in zip(names, shards, strict=True):
+        with (folder / name).open("wb") as file:
+            write_safetensors(file, shard, dtype)
+    if count > 1:
+        total = sum(entry.nbytes(dtype) for shard in shards for entry in shard)
+        placed = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _documents(config: Gemma2Config, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    name = str(dtype).removeprefix("torch.")
+    described = {
+        **config.to_hf(),
+        "dtype": name,
+        "torch_dtype": name,
+    }  # transformers 5 reads the first, 4 the second
+    generation = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {CONFIG: described, GENERATION: generation}
+
+
+def _check_names(files: Mapping[str, bytes]) -> None:
+    ours = (CONFIG, GENERATION, INDEX)
+    plain = re.compile(r"\w[\w.-]*(?<!\.safetensors)")
+    wrong = next((name for name in files if name in ours or not plain.fullmatch(name)), None)
+    if wrong is not None:
+        raise UsageError(
+            f"{wrong!r} cannot be saved", "it is not the plain name of a tokenizer file", "rename it"
+        )
+
+
+def _check_replaces_a_model(folder: Path) -> None:
+    """Replacing a folder deletes what is in it, so it has to be a model and not, say, somebody's home."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+        raise UsageError(
+            f"{folder} was not written",
+            f"it has files in it and is not a model folder (no {CONFIG})",
+            "name a new folder",
+        )

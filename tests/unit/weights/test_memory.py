@@ -1,0 +1,71 @@
+"""Memory that loading, saving and making a model take, measured in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cabochon.model.config import Gemma2Config
+from cabochon.weights import init as init_module
+from cabochon.weights.init import init_folder
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+
+CONFIG = Gemma2Config(
+    vocab_size=40_000, hidden_size=1024, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=128,
+    intermediate_size=4096, query_pre_attn_scalar=128,
+)  # fmt: skip
+MB = 1_000_000
+
+MEASURE = """
+import json, re, sys, torch
+from pathlib import Path
+from cabochon.model.config import Gemma2Config
+from cabochon.weights.folder import load_model, save_model
+from cabochon.weights.init import init_folder
+
+def memory(what):
+    return 1024 * int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+def growth(action):
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest use so far
+    before = memory("VmRSS")
+    result = action()
+    return memory("VmHWM") - before, result
+
+folder, dtype, tiny = Path(sys.argv[1]), getattr(torch, sys.argv[2]), Gemma2Config.preset("tiny")
+init_folder(tiny, folder.parent / "tiny", tokenizer=False)  # what the first use of torch costs
+save_model(load_model(folder.parent / "tiny", dtype=dtype), folder.parent / "tiny 2")
+loading, model = growth(lambda: load_model(folder, dtype=dtype))
+saving, _ = growth(lambda: save_model(model, folder.parent / "again", dtype=torch.bfloat16))
+making, _ = growth(lambda: init_folder(model.config, folder.parent / "made", tokenizer=False))
+print(json.dumps([loading, saving, making]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("memory") / "m"
+    init_folder(CONFIG, out, tokenizer=False, shard_bytes=80 * MB)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_model_is_in_memory_once(folder: Path, dtype: torch.dtype, tmp_path: Path) -> None:
+    here = tmp_path / "m"
+    here.symlink_to(folder)
+    name = str(dtype).removeprefix("torch.")
+    env = {**os.environ, "PYTHONPATH": str(Path(init_module.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(here), name], capture_output=True, text=True, env=env, check=True
+    )
+    loading, saving, making = json.loads(done.stdout)
+    weights = CONFIG.num_parameters * dtype.itemsize
+    assert weights > 200 * MB
+    assert 0.95 * weights < loading < 1.15 * weights
+    assert saving < 0.15 * weights
+    assert making < 100 * MB
