@@ -57,7 +57,7 @@ def configs(draw: st.DrawFn) -> Gemma2Config:
         num_kv_heads=kv_heads,
         num_heads=heads,
         head_dim=2 * draw(st.integers(1, 9)),
-        intermediate_size=draw(st.integers(3, 40)),
+        intermediate_size=draw(st.integers(12, 40)),
         query_pre_attn_scalar=draw(st.integers(1, 40)),
         sliding_window=draw(st.integers(1, 20)),
         attn_softcap=draw(st.sampled_from([1.0, 4.0, 50.0])),

@@ -1,10 +1,11 @@
 """Our model against transformers' Gemma 2 (eager attention), the same weights in both."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import SMALL, configs, random_ids, reference_model, relative_error
 
@@ -17,25 +18,43 @@ from cabochon.model.gemma2 import Gemma2
 LOGITS = 1e-5  # relative, float32
 
 
+def last_bit_noise(theirs: Any, ids: torch.Tensor) -> float:
+    """How far the reference's own logits move when its weights change in their last bit.
+
+    Usually some 1e-6. A norm over a few numbers that nearly cancel can amplify any rounding further.
+    """
+    before = theirs(ids).logits
+    kept = {name: p.clone() for name, p in theirs.named_parameters()}
+    draw = torch.Generator().manual_seed(0)
+    for p in theirs.parameters():
+        p.mul_(1 + (torch.rand(p.shape, generator=draw) - 0.5) * 2.4e-7)
+    moved = relative_error(theirs(ids).logits, before)
+    for name, p in theirs.named_parameters():
+        p.copy_(kept[name])
+    return moved
+
+
 def cached_logits(model: Gemma2, ids: torch.Tensor, pieces: list[int]) -> torch.Tensor:
     """Logits of a prompt that is fed in pieces of these lengths through the cache."""
     cache = KVCache(model.config, len(ids), ids.shape[1], dtype=model.embedding.weight.dtype)
     return torch.cat([model(part, cache=cache) for part in ids.split(pieces, dim=1)], dim=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(config=configs(), length=st.integers(1, 45), seed=st.integers(0, 99), data=st.data())
 @torch.no_grad()
 def test_logits_and_probabilities(config: Gemma2Config, length: int, seed: int, data: st.DataObject) -> None:
     ours, theirs = reference_model(config, seed)
     ids = random_ids(config, 2, length, seed)
     expected = theirs(ids).logits
-    assert relative_error(ours(ids), expected) < LOGITS
+    bound = max(LOGITS, 5 * last_bit_noise(theirs, ids))
+    assume(bound < 1e-3)  # else the draw can show nothing
+    assert relative_error(ours(ids), expected) < bound
     # Greedy decoding hides a missing final cap, which leaves the order alone: so probabilities too.
-    assert relative_error(ours(ids).softmax(-1), expected.softmax(-1)) < 2e-5
+    assert relative_error(ours(ids).softmax(-1), expected.softmax(-1)) < 2 * bound
     first = data.draw(st.integers(1, length), label="first piece")
     for pieces in ([length], [1] * length, [first, length - first] if first < length else [length]):
-        assert relative_error(cached_logits(ours, ids, pieces), expected) < LOGITS
+        assert relative_error(cached_logits(ours, ids, pieces), expected) < bound
 
 
 @torch.no_grad()
@@ -81,15 +100,18 @@ def test_unequal_prompts_side_by_side(lengths: tuple[int, ...]) -> None:
         assert relative_error(reference[i, -row.shape[1] :], alone) < LOGITS
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
 @pytest.mark.parametrize("prompt_length", [3, 40])
-def test_256_greedy_tokens(prompt_length: int) -> None:
+def test_256_greedy_tokens(prompt_length: int, penalty: float) -> None:
+    """Random weights soon repeat themselves; a repetition penalty keeps them walking through the vocabulary."""
     ours, theirs = reference_model(SMALL, seed=3)
     ids = random_ids(SMALL, 1, prompt_length)
-    expected = theirs.generate(ids, max_new_tokens=256, do_sample=False, eos_token_id=None, pad_token_id=0)
-    loop = PlainLoop(ours, ids.tolist(), [SamplingParams(max_new_tokens=256)], frozenset())
+    settings = {"max_new_tokens": 256, "repetition_penalty": penalty}
+    expected = theirs.generate(ids, do_sample=False, eos_token_id=None, pad_token_id=0, **settings)
+    loop = PlainLoop(ours, ids.tolist(), [SamplingParams(**settings)], frozenset())
     answer = [loop.step()[0].token for _ in range(256)]
     assert answer == expected[0, prompt_length:].tolist()
-    assert len(set(answer)) > 5
+    assert penalty == 1 or len(set(answer)) > 30
 
 
 @torch.no_grad()

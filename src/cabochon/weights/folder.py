@@ -5,6 +5,7 @@ verify (headers only) -> map the files -> tensor by tensor into the target dtype
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from cabochon.model.gemma2 import Gemma2
 from cabochon.weights.mapped import MappedFile
 from cabochon.weights.names import to_hf
 from cabochon.weights.save import save_model
-from cabochon.weights.verify import INDEX, SINGLE, Checked, load_config, verify
+from cabochon.weights.verify import Checked, load_config, verify
 
 __all__ = ["Facts", "describe", "load_config", "load_model", "save_model"]
 
@@ -70,14 +71,15 @@ class Facts:
 
 
 def describe(folder: Path) -> Facts:
-    """Facts from the headers alone. Raises as `load_model` does for a folder that is not sound."""
+    """Facts from the headers alone; the weights need not be there. Raises as `load_model` for an unsound folder."""
     folder = Path(folder)
     config = load_config(folder)
     tokenizers = (name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file())
     tokenizer = next(tokenizers, None)
-    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+    try:
+        checked = verify(folder)
+    except MissingResource:  # fetched without its weights, or not all of them are here yet
         return Facts(config, config.num_parameters, tokenizer, None, 0, ())
-    checked = verify(folder)
     dtype = str(_TORCH[checked.dtype]).removeprefix("torch.")
     nbytes = sum(tensor.nbytes for tensor in checked.tensors.values())
     return Facts(config, config.num_parameters, tokenizer, dtype, nbytes, tuple(checked.files))
@@ -142,7 +144,9 @@ def _explained(folder: Path) -> Iterator[None]:
     """What the operating system or the device refuse, as an error with a hint."""
     try:
         yield
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("allocate|out of memory", str(error)):
+            raise  # torch has no class of its own for memory that the CPU lacks
         raise MissingResource(
             f"{folder} was not loaded",
             (str(error).splitlines() or ["there is not enough memory"])[0],

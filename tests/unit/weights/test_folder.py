@@ -122,9 +122,9 @@ def test_facts(tmp_path: Path) -> None:
     assert [shard.name for shard in facts.shards] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for shard in facts.shards:
         shard.unlink()
-    (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "tokenizer.json").unlink()
-    assert describe(tmp_path).dtype is describe(tmp_path).tokenizer is None
+    small = describe(tmp_path)  # the index is one of the small files
+    assert (small.config, small.dtype, small.tokenizer, small.nbytes) == (SMALL, None, None, 0)
 
 
 # What is not
@@ -348,3 +348,19 @@ def test_a_device_that_is_not_there(tmp_path: Path, device: str) -> None:
     with pytest.raises(MissingResource) as caught:
         load_model(tmp_path, device=device)
     assert device in caught.value.what
+
+
+@pytest.mark.parametrize("problem", [lambda: torch.empty(2**55), lambda: bytearray(2**60)])
+def test_too_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Callable[[], object]
+) -> None:
+    saved(tmp_path)
+    monkeypatch.setattr("cabochon.weights.mapped.MappedTensor.load", lambda *_: problem())
+    assert "was not loaded" in error(tmp_path, MissingResource).what
+
+
+def test_a_bug_of_ours_stays_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path)
+    monkeypatch.setattr("cabochon.weights.mapped.MappedTensor.load", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        load_model(tmp_path)
