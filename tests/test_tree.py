@@ -220,9 +220,7 @@ def test_a_wrong_arrow_is_seen(tmp_path: Path, text: str) -> None:
     assert len(wrong_arrows(broken(tmp_path, left=text), TABLE)) == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["from pkg.low.a import x", "from . import b", "import pkg.left.b", "import os.path"]
-)
+@pytest.mark.parametrize("text", ["from pkg.low.a import x", "from . import b", "import pkg.left.b", "import os.path"])
 def test_a_right_arrow_is_allowed(tmp_path: Path, text: str) -> None:
     assert wrong_arrows(broken(tmp_path, left=text), TABLE) == []
 

@@ -1,7 +1,7 @@
 """A language model as a user sees it: text in, text out, with the tokenizer and the weights behind one name.
 
-    lm = cabochon.load()                  # the model that ships inside; or a folder, or a Hub id
-    lm.generate("The capital of France is").text
+lm = cabochon.load()                  # the model that ships inside; or a folder, or a Hub id
+lm.generate("The capital of France is").text
 """
 
 import time
@@ -170,6 +170,12 @@ class LM:
         """Write a folder that transformers loads and that answers the same."""
         if format != "hf":
             raise UsageError(f"no format named {format!r}", "models are saved as Hugging Face folders", 'use "hf"')
+        if self.config.attn_softcap is None:
+            raise UsageError(
+                f"{folder} was not written",
+                "this model was loaded with its soft cap off, and would be saved as another model",
+                "load it again with softcap=True",
+            )
         files = self.tokenizer.files() if self.tokenizer else None
         save_model(self.model, Path(folder), tokenizer_files=files, overwrite=overwrite)
 

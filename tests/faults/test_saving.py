@@ -96,16 +96,12 @@ def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_killed_process_leaves_the_old_state_and_the_next_one_cleans_up(
-    tmp_path: Path, existing: bool
-) -> None:
+def test_a_killed_process_leaves_the_old_state_and_the_next_one_cleans_up(tmp_path: Path, existing: bool) -> None:
     target, model = tmp_path / "m", small_model(SMALL)
     if existing:
         save_model(model, target)
     env = {**os.environ, "PYTHONPATH": str(Path(save_module.__file__).parents[2])}
-    with subprocess.Popen(
-        [sys.executable, "-c", HANG, str(target)], stdout=subprocess.PIPE, env=env
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", HANG, str(target)], stdout=subprocess.PIPE, env=env) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"writing\n"
         process.kill()

@@ -74,9 +74,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} was not written", "it is a file, not a folder", "name a new folder")
     if path.is_mount():  # cannot be renamed over
-        raise UsageError(
-            f"{path} was not written", "a disk is mounted there", f"name a folder in it: {path / 'model'}"
-        )
+        raise UsageError(f"{path} was not written", "a disk is mounted there", f"name a folder in it: {path / 'model'}")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UsageError(
             f"{path} was not written",

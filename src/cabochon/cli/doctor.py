@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cabochon.base.machine import Machine
 
 GIB = 2**30
+READING_SPEED = 5  # tokens per second
 
 
 def doctor(*, json: Json = False) -> int:
@@ -60,16 +61,21 @@ def run_estimate(machine: "Machine", config: Gemma2Config) -> dict[str, float | 
     Every token reads every weight once; a cache of one full conversation has to fit beside them.
     """
     memory = machine.gpu_memory or machine.free_memory
-    cached = sum(
-        min(config.max_position, config.window(i) or config.max_position) for i in range(config.num_layers)
-    )
     weights = 2 * config.num_parameters
-    need = weights + cached * 4 * config.num_kv_heads * config.head_dim
+    need = weights + config.cache_bytes(config.max_position)
     return {
         "needs_gib": round(need / GIB, 2),
         "fits": need < 0.95 * memory,
         "tokens_per_second_at_most": round(machine.read_bandwidth / weights, 1),
     }
+
+
+def recommend(sizes: dict[str, dict[str, float | bool | str]]) -> str:
+    """The largest model that fits and can be read along with, else the smallest that fits."""
+    fits = [name for name, told in sizes.items() if told["fits"] and name != "tiny"]
+    brisk = [name for name in fits if float(sizes[name]["tokens_per_second_at_most"]) >= READING_SPEED]
+    chosen = brisk[-1:] or fits[:1]
+    return f"Gemma 2 {chosen[0]}" if chosen else "the model that ships inside"
 
 
 def _print(
@@ -85,9 +91,7 @@ def _print(
     facts.add_row("processor", f"{machine.processor}, {machine.cores} cores for this process")
     facts.add_row("instructions", ", ".join(machine.instruction_sets) or "none that matter were found")
     facts.add_row("memory", f"{machine.memory / GIB:.1f} GiB, {machine.free_memory / GIB:.1f} free")
-    facts.add_row(
-        "GPU", f"{', '.join(machine.gpus)}, {machine.gpu_memory / GIB:.0f} GiB" if machine.gpus else "none"
-    )
+    facts.add_row("GPU", f"{', '.join(machine.gpus)}, {machine.gpu_memory / GIB:.0f} GiB" if machine.gpus else "none")
     facts.add_row("bandwidth", f"{machine.read_bandwidth / 1e9:.0f} GB/s of reads, measured just now")
 
     attention = Table("attention", "float32", "bfloat16", "used", title=f"against the oracle, on {device}")
@@ -102,8 +106,7 @@ def _print(
     console = Console()
     for table in (facts, attention, models):
         console.print(table)
-    best = [name for name, told in sizes.items() if told["fits"] and name != "tiny"]
-    console.print(f"best: {'Gemma 2 ' + best[-1] if best else 'the model inside'} in bfloat16 on {device}")
+    console.print(f"best here: {recommend(sizes)}, in bfloat16 on {device}")
 
 
 _USED = {

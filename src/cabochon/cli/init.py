@@ -18,9 +18,7 @@ def init(
     preset: Annotated[Literal["tiny", "2b", "9b", "27b"], Parameter(help="Which published shape.")],
     out: Annotated[Path, Parameter(help="The folder to write.")],
     seed: Annotated[int, Parameter(help="The same seed gives the same weights.")] = 0,
-    dtype: Annotated[
-        Literal["bfloat16", "float32"], Parameter(help="Precision of the weights.")
-    ] = "bfloat16",
+    dtype: Annotated[Literal["bfloat16", "float32"], Parameter(help="Precision of the weights.")] = "bfloat16",
     overwrite: Annotated[bool, Parameter(negative="", help="Replace a folder that is not empty.")] = False,
     json: Json = False,
 ) -> None:
@@ -42,14 +40,9 @@ def init(
 def _write(config: Gemma2Config, folder: Path, seed: int, dtype: str, overwrite: bool) -> None:
     import torch
 
-    from cabochon.recipe.fresh import fresh_model, widen_tokenizer
-    from cabochon.text.tokenizer import load_tokenizer
-    from cabochon.weights.folder import save_model
-    from cabochon.weights.hub import resolve
+    from cabochon.weights.init import init_folder
 
-    files = widen_tokenizer(load_tokenizer(resolve(None)).files(), config.vocab_size)
-    model = fresh_model(config, seed=seed, dtype=getattr(torch, dtype))
-    save_model(model, folder, tokenizer_files=files, overwrite=overwrite)
+    init_folder(config, folder, dtype=getattr(torch, dtype), seed=seed, overwrite=overwrite)
 
 
 def _check_disk(folder: Path, size: int) -> None:

@@ -11,15 +11,11 @@ from cabochon.base.errors import UsageError
 if TYPE_CHECKING:
     from cabochon.lm import LM
 
-Model = Annotated[
-    str | None, Parameter(help="A folder or a Hugging Face id; left out: the model that ships inside.")
-]
+Model = Annotated[str | None, Parameter(help="A folder or a Hugging Face id; left out: the model that ships inside.")]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON for programs.")]
 SystemPrompt = Annotated[
     str | None,
-    Parameter(
-        help="Instructions for the whole conversation. Gemma 2 has no system role: they lead the first turn."
-    ),
+    Parameter(help="Instructions for the whole conversation. Gemma 2 has no system role: they lead the first turn."),
 ]
 
 
@@ -29,9 +25,7 @@ class HubOptions:
     """How a Hugging Face id is looked up; without effect on folders."""
 
     revision: Annotated[str | None, Parameter(help="Branch, tag or commit on the Hub.")] = None
-    token: Annotated[
-        str | None, Parameter(help="Hub access token; HF_TOKEN does the same and stays private.")
-    ] = None
+    token: Annotated[str | None, Parameter(help="Hub access token; HF_TOKEN does the same and stays private.")] = None
     offline: Annotated[bool, Parameter(negative="", help="Use only what is already on this machine.")] = False
 
 
@@ -44,9 +38,7 @@ class DeviceOptions:
         Literal["auto", "bfloat16", "float32"],
         Parameter(help="Precision of the weights; auto: as they are stored."),
     ] = "auto"
-    device: Annotated[str | None, Parameter(help="cpu, cuda, cuda:1, ...; left out: the best one here.")] = (
-        None
-    )
+    device: Annotated[str | None, Parameter(help="cpu, cuda, cuda:1, ...; left out: the best one here.")] = None
     softcap: Annotated[
         Literal["on", "off"],
         Parameter(help="off leaves the cap on attention out: faster in places, other answers."),
@@ -59,22 +51,14 @@ class SamplingOptions:
     """What decides the next token. The same names, with underscores, as in `lm.generate`."""
 
     max_new_tokens: Annotated[int, Parameter(help="Longest answer in tokens.")] = 512
-    temperature: Annotated[
-        float, Parameter(help="0 takes the likeliest token each time; 1 samples as trained.")
-    ] = 0.0
+    temperature: Annotated[float, Parameter(help="0 takes the likeliest token each time; 1 samples as trained.")] = 0.0
     top_k: Annotated[int, Parameter(help="Sample from the k likeliest tokens; 0: from all.")] = 0
-    top_p: Annotated[
-        float, Parameter(help="Sample from the likeliest tokens that hold this much probability.")
-    ] = 1.0
-    min_p: Annotated[float, Parameter(help="Leave out tokens below this fraction of the likeliest one.")] = (
+    top_p: Annotated[float, Parameter(help="Sample from the likeliest tokens that hold this much probability.")] = 1.0
+    min_p: Annotated[float, Parameter(help="Leave out tokens below this fraction of the likeliest one.")] = 0.0
+    repetition_penalty: Annotated[float, Parameter(help="Above 1: tokens seen before become less likely.")] = 1.0
+    presence_penalty: Annotated[float, Parameter(help="Taken from the logit of each token already in the answer.")] = (
         0.0
     )
-    repetition_penalty: Annotated[
-        float, Parameter(help="Above 1: tokens seen before become less likely.")
-    ] = 1.0
-    presence_penalty: Annotated[
-        float, Parameter(help="Taken from the logit of each token already in the answer.")
-    ] = 0.0
     frequency_penalty: Annotated[float, Parameter(help="The same, once per occurrence.")] = 0.0
     stop: Annotated[
         tuple[str, ...], Parameter(negative="", help="End the answer before this text. Can be repeated.")
@@ -118,7 +102,5 @@ def folder_argument(value: Path, name: str) -> Path:
     """A path for output, home folder expanded. Raises `UsageError` when it is an existing file."""
     path = value.expanduser()
     if path.exists() and not path.is_dir():
-        raise UsageError(
-            f"{name} {path} cannot be written", "it is a file, not a folder", "name a new folder"
-        )
+        raise UsageError(f"{name} {path} cannot be written", "it is a file, not a folder", "name a new folder")
     return path

@@ -34,9 +34,7 @@ Words = Annotated[
 
 def run(
     *words: Words,
-    raw: Annotated[
-        bool, Parameter(negative="", help="Continue the prompt as plain text, without turns.")
-    ] = False,
+    raw: Annotated[bool, Parameter(negative="", help="Continue the prompt as plain text, without turns.")] = False,
     system_prompt: SystemPrompt = None,
     json: Json = False,
     hub: HubOptions = HubOptions(),
@@ -55,9 +53,7 @@ def run(
     """
     model, prompt = _model_and_prompt(words)
     if raw and system_prompt:
-        raise UsageError(
-            "--raw takes no --system-prompt", "plain text has no turns", "put the text into the prompt"
-        )
+        raise UsageError("--raw takes no --system-prompt", "plain text has no turns", "put the text into the prompt")
     settings = sampling.arguments()
     lm = load_lm(model, hub, device)
     chatting = not raw and lm.text_tokenizer.start_of_turn_id is not None
@@ -74,14 +70,8 @@ def _model_and_prompt(words: tuple[str, ...]) -> tuple[str | None, str]:
     for word in words:
         _refuse_option(word)
     if not 1 <= len(words) <= 2:
-        cause = (
-            "no prompt was given"
-            if not words
-            else f"{len(words)} arguments were given, at most two are taken"
-        )
-        raise UsageError(
-            "`cabochon run` needs a prompt", cause, 'type: cabochon run "your question" (in quotes)'
-        )
+        cause = "no prompt was given" if not words else f"{len(words)} arguments were given, at most two are taken"
+        raise UsageError("`cabochon run` needs a prompt", cause, 'type: cabochon run "your question" (in quotes)')
     *model, prompt = words
     text = decode(sys.stdin.buffer.read()) if prompt == "-" else text_argument(prompt, "the prompt")
     if not text.strip():

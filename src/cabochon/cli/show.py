@@ -26,17 +26,11 @@ def show(model: Model = None, /, *, json: Json = False, hub: HubOptions = HubOpt
         "folder": str(folder),
         "parameters": config.num_parameters,
         "weights_bytes_bfloat16": 2 * config.num_parameters,
-        "cache_bytes_at_full_context": cache_bytes(config, config.max_position),
+        "cache_bytes_at_full_context": config.cache_bytes(config.max_position),
         "tokenizer_pieces": _pieces(folder),
         "config": asdict(config),
     }
     print(json_format.dumps(facts) if json else _in_words(facts, config))
-
-
-def cache_bytes(config: Gemma2Config, length: int) -> int:
-    """Keys and values of one conversation in bfloat16: local layers hold no more than their window."""
-    held = (min(length, config.window(i) or length) for i in range(config.num_layers))
-    return sum(held) * 2 * config.num_kv_heads * config.head_dim * 2
 
 
 def _pieces(folder: Path) -> int | None:

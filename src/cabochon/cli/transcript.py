@@ -41,9 +41,7 @@ def write_transcript(path: Path, transcript: Transcript) -> None:
         with atomic_write(path) as file:
             file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
     except OSError as error:
-        raise MissingResource(
-            f"{path} was not written", error.strerror or str(error), "choose another place"
-        ) from None
+        raise MissingResource(f"{path} was not written", error.strerror or str(error), "choose another place") from None
 
 
 def read_transcript(path: Path) -> Transcript:
@@ -52,9 +50,7 @@ def read_transcript(path: Path) -> Transcript:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise MissingResource(
-            f"{path} cannot be read", error.strerror or str(error), "check the name"
-        ) from None
+        raise MissingResource(f"{path} cannot be read", error.strerror or str(error), "check the name") from None
     if len(raw) > MAX_BYTES:
         raise _bad(path, f"it is larger than {MAX_BYTES >> 20} MiB")
     try:

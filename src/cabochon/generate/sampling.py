@@ -38,7 +38,10 @@ class SamplingParams:
             "top_k": (self.top_k >= 0, "at least 0, where 0 keeps all"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0, where 1 changes nothing"),
+            "repetition_penalty": (
+                0 < self.repetition_penalty < math.inf,
+                "above 0, where 1 changes nothing",
+            ),
             "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
             "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
             "logit_bias": (not any(map(math.isnan, self.logit_bias.values())), "numbers"),

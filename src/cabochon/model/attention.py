@@ -123,7 +123,13 @@ def flex(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, sof
         return score if softcap is None else torch.tanh(score / softcap) * softcap
 
     mixed = _flex_kernel(q.device.type)(
-        q, k, v, score_mod=cap, block_mask=visible.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        score_mod=cap,
+        block_mask=visible.block_mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     sees = (visible.key_positions > -1).any(-1, keepdim=True) & (visible.query_positions > -1)
     return torch.where(sees[:, None, :, None], mixed, 0)
@@ -133,7 +139,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, sof
 def _flex_kernel(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    kernel: Callable[..., Any] = flex_attention
+    return torch.compile(kernel) if device == "cuda" else kernel
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float | None) -> Tensor:

@@ -75,6 +75,11 @@ class Gemma2Config:
         block = attention + 3 * self.hidden_size * self.intermediate_size + 4 * self.hidden_size
         return self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
 
+    def cache_bytes(self, length: int, element_bytes: int = 2) -> int:
+        """Bytes of keys and values of one row of `length` positions: local layers hold one window at most."""
+        held = sum(min(length, self.window(layer) or length) for layer in range(self.num_layers))
+        return held * 2 * self.num_kv_heads * self.head_dim * element_bytes
+
     @classmethod
     def preset(cls, name: str) -> "Gemma2Config":
         """The published size `2b`, `9b` or `27b`, or `tiny`, the model that ships inside the package."""
@@ -166,7 +171,11 @@ _REQUIRED_HF = tuple(
     _HF_NAMES[f] for f in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
                            "intermediate_size", "query_pre_attn_scalar")
 )  # fmt: skip
-_FIXED_HF: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
+_FIXED_HF: dict[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
 
 
 def _layer_types(num_layers: int) -> list[str]:
@@ -176,8 +185,9 @@ def _layer_types(num_layers: int) -> list[str]:
 def _refuse_variants(raw: Mapping[str, Any]) -> None:
     """Settings that would make it another architecture are errors, never ignored."""
     expected = dict(_FIXED_HF)
-    if isinstance(raw["num_hidden_layers"], int):  # what it is instead is found out later
-        expected["layer_types"] = _layer_types(raw["num_hidden_layers"])
+    kinds = raw.get("layer_types")
+    if isinstance(kinds, list):  # its own length, so that an absurd number of layers costs nothing here
+        expected["layer_types"] = _layer_types(len(kinds))
     for key, value in expected.items():
         if raw.get(key) not in (None, value):
             raise _impossible(f"config.json sets {key} to {raw[key]!r}", f"Gemma 2 has {value!r} there")

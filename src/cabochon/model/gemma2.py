@@ -75,8 +75,7 @@ class Gemma2(nn.Module):
     def _visibility(self, positions: Tensor, documents: Tensor | None) -> dict[bool, Visibility]:
         windows = {True: self.config.sliding_window, False: None}
         return {
-            local: Visibility(positions, positions, window, documents, documents)
-            for local, window in windows.items()
+            local: Visibility(positions, positions, window, documents, documents) for local, window in windows.items()
         }
 
 
@@ -141,7 +140,7 @@ class Attention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """[B, T, heads * H] -> [B, heads, T, H]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class GeGLU(nn.Module):

@@ -57,7 +57,11 @@ def probes(device: str, dtype: torch.dtype) -> list[Probe]:
         Probe("scale", *_inputs(24, 24, 1, 1.0, device, dtype), everything),
         # Equal scores: each value counts the same, so one key too many or too few shows at once.
         Probe("window edge", *_inputs(24, 24, 1, 0.0, device, dtype), Visibility(ahead, ahead, WINDOW)),
-        Probe("window beyond the prompt", *_inputs(3, 24, 1, 0.0, device, dtype), Visibility(late, ahead, WINDOW)),
+        Probe(
+            "window beyond the prompt",
+            *_inputs(3, 24, 1, 0.0, device, dtype),
+            Visibility(late, ahead, WINDOW),
+        ),
         Probe("padding", *_inputs(24, 24, 2, 1.0, device, dtype), Visibility(padded, padded, WINDOW)),
         Probe("documents", *_inputs(24, 24, 1, 1.0, device, dtype), _two_documents(ahead)),
     ]

@@ -10,21 +10,23 @@ import argparse
 import itertools
 import json
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from cabochon.base.files import atomic_folder
 from cabochon.data import miniature
 from cabochon.data.format import chat_example, text_example
 from cabochon.data.pack import Batch, pack
+from cabochon.lm import load
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
 from cabochon.recipe.card import write_card
+from cabochon.recipe.score import score
 from cabochon.recipe.tokenizer import build_tokenizer, save_tokenizer
 from cabochon.text.tokenizer import Tokenizer, load_tokenizer
 from cabochon.train.config import TrainConfig
@@ -45,16 +47,10 @@ STAGES: dict[str, TrainConfig] = {
 
 
 def build(out: Path, work: Path) -> None:
-    """Run every stage that is not done yet and write the finished model folder to `out`."""
-    started = time.time()
-    work.mkdir(parents=True, exist_ok=True)
+    """Run every stage that is not done yet, write the finished model folder to `out`, and score it."""
     tokenizer_folder = work / "tokenizer"
     if not tokenizer_folder.exists():
-        texts = itertools.islice(miniature.pretraining_documents(SEED), 6000)
-        chats = itertools.islice(miniature.conversations(SEED), 6000)
-        chat_texts = ("\n".join(m["content"] for m in c) for c in chats)
-        built = build_tokenizer(itertools.chain(texts, chat_texts), Gemma2Config.preset("tiny").vocab_size)
-        save_tokenizer(built, tokenizer_folder)
+        _make_tokenizer(tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     before: Path | None = None
     for name, config in STAGES.items():
@@ -66,11 +62,22 @@ def build(out: Path, work: Path) -> None:
         before = folder
     assert before is not None
     model = load_model(before, dtype=torch.float32).to(torch.bfloat16)
-    shutil.rmtree(out, ignore_errors=True)
-    save_model(model, out, tokenizer_files={f.name: f.read_bytes() for f in tokenizer_folder.iterdir()})
+    files = {file.name: file.read_bytes() for file in tokenizer_folder.iterdir()}
+    save_model(model, out, tokenizer_files=files, overwrite=True)
+    print(f"wrote {out}; scoring it", file=sys.stderr)
+    scores = score(load(out, device="cpu"))
     logs = {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES}
-    write_card(out, SEED, {name: asdict(config) for name, config in STAGES.items()}, logs)
-    print(f"wrote {out} after {(time.time() - started) / 60:.0f} minutes", file=sys.stderr)
+    write_card(out, SEED, STAGES, logs, scores)
+    print(json.dumps({name: round(value, 4) for name, value in scores.items()}, indent=1))
+
+
+def _make_tokenizer(folder: Path) -> None:
+    texts = itertools.islice(miniature.pretraining_documents(SEED), 6000)
+    chats = itertools.islice(miniature.conversations(SEED), 6000)
+    chat_texts = ("\n".join(turn["content"] for turn in chat) for chat in chats)
+    built = build_tokenizer(itertools.chain(texts, chat_texts), Gemma2Config.preset("tiny").vocab_size)
+    with atomic_folder(folder) as unfinished:
+        save_tokenizer(built, unfinished)
 
 
 def new_model() -> Gemma2:

@@ -75,9 +75,7 @@ def encode_chat(
     return ids
 
 
-def encode_chat_with_mask(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
-) -> tuple[list[int], list[bool]]:
+def encode_chat_with_mask(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and for each whether the model says it: its contents and `<end_of_turn>`.
 
     What a training loss counts. Raises as `encode_chat`.

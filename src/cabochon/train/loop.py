@@ -25,7 +25,10 @@ class Progress:
 
 
 def train(
-    model: Gemma2, batches: Iterator[Batch], config: TrainConfig, report: Callable[[Progress], None] = lambda _: None
+    model: Gemma2,
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    report: Callable[[Progress], None] = lambda _: None,
 ) -> None:
     """Train in place for `config.steps` batches.
 
@@ -46,7 +49,7 @@ def train(
         if batch is None:
             raise UsageError("training stopped early", f"the data ended at step {step}", "lower steps or add data")
         loss = batch_loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm, error_if_nonfinite=False)
         for optimizer in optimizers:
             set_learning_rate(optimizer, schedule(step, config))

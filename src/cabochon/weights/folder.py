@@ -116,9 +116,7 @@ def _refuse_float16(folder: Path, dtype: torch.dtype, *, asked: bool) -> None:
     if dtype in (torch.bfloat16, torch.float32, torch.float64):
         return
     name = str(dtype).removeprefix("torch.")
-    overflow = (
-        "Gemma 2's activations go beyond 65504, the largest float16: 27b answers with padding or nothing"
-    )
+    overflow = "Gemma 2's activations go beyond 65504, the largest float16: 27b answers with padding or nothing"
     cause = overflow if dtype is torch.float16 else "weights are computed with in bfloat16 or float32"
     hint = "use bfloat16, which takes the same memory (--dtype bfloat16, dtype=torch.bfloat16), or float32"
     if asked:

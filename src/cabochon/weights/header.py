@@ -75,9 +75,7 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
 
 def broken(path: Path, cause: str) -> BadInput:
     """The error for a file whose content cannot be used."""
-    return BadInput(
-        f"{path} cannot be used", cause, "the file is damaged or incomplete: copy or fetch it again"
-    )
+    return BadInput(f"{path} cannot be used", cause, "the file is damaged or incomplete: copy or fetch it again")
 
 
 class _RepeatedKey(ValueError):
@@ -101,9 +99,7 @@ def _header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
     if size < 10:
         raise broken(path, f"it has {size} bytes, too few for a safetensors file")
     if length > min(MAX_HEADER, size - 8):
-        raise broken(
-            path, f"its header claims {length} bytes; the file has {size}, a header at most {MAX_HEADER}"
-        )
+        raise broken(path, f"its header claims {length} bytes; the file has {size}, a header at most {MAX_HEADER}")
     raw = file.read(length)
     if len(raw) != length or not raw.startswith(b"{"):
         raise broken(path, "it does not begin like a safetensors file")

@@ -15,9 +15,7 @@ from pathlib import Path
 from cabochon.base.errors import BadInput, CabochonError, MissingResource, UsageError, nearest
 from cabochon.weights.verify import verify
 
-WELL_KNOWN = tuple(
-    f"google/gemma-2-{size}" for size in ("2b", "2b-it", "2b-jpn-it", "9b", "9b-it", "27b", "27b-it")
-)
+WELL_KNOWN = tuple(f"google/gemma-2-{size}" for size in ("2b", "2b-it", "2b-jpn-it", "9b", "9b-it", "27b", "27b-it"))
 # What the Hub accepts as owner/name.
 REPO_ID = re.compile(r"(?!.*(--|\.\.))(?=.{3,96}$)\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])(?<!\.git)", re.ASCII)
 SMALL_FILES = ["*.json", "tokenizer.model"]
@@ -182,16 +180,12 @@ def _explain(error: BaseException, repo: str, revision: str | None, offline: boo
         return MissingResource(
             what,
             "the Hub has no such model, or it is private and this account may not see it",
-            f"did you mean {close!r}?"
-            if close
-            else f"check the name; for a private model, {log_in} or pass --token",
+            f"did you mean {close!r}?" if close else f"check the name; for a private model, {log_in} or pass --token",
         )
     if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in causes) or any(
         "no space left" in str(e).lower() for e in causes
     ):
-        return MissingResource(
-            what, "the disk is full", "free some space, or set HF_HOME to a folder on another disk"
-        )
+        return MissingResource(what, "the disk is full", "free some space, or set HF_HOME to a folder on another disk")
     if offline or _any(causes, errors.OfflineModeIsEnabled):
         return MissingResource(
             what,

@@ -55,9 +55,7 @@ class MappedTensor:
             return self._flat.view(self._stored.shape), finite
         out, finite, done = torch.empty(len(self._flat), dtype=dtype, device=device), True, 0
         for piece in self._flat.split(PIECE):
-            converted = piece.to(
-                dtype
-            )  # what is not finite stays so; a large float32 can become so in bfloat16
+            converted = piece.to(dtype)  # what is not finite stays so; a large float32 can become so in bfloat16
             finite &= _is_finite(converted)
             out[done : done + len(piece)] = converted
             done += len(piece)

@@ -92,9 +92,7 @@ def write_folder(
     """Write a model folder from entries that make their values when asked; arguments as in `save_model`."""
     folder = Path(folder)
     if dtype not in _SAFETENSORS:
-        raise UsageError(
-            f"weights cannot be saved in {dtype}", "folders hold bfloat16 or float32", "choose one"
-        )
+        raise UsageError(f"weights cannot be saved in {dtype}", "folders hold bfloat16 or float32", "choose one")
     _check_names(tokenizer_files or {})
     _check_replaces_a_model(folder)
     try:
@@ -154,9 +152,7 @@ def _shards(entries: Iterable[Entry], dtype: torch.dtype, limit: int) -> list[li
 
 def _write_shards(folder: Path, shards: list[list[Entry]], dtype: torch.dtype) -> None:
     count = len(shards)
-    names = (
-        [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    )
+    names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
         with (folder / name).open("wb") as file:
             write_safetensors(file, shard, dtype)
@@ -183,9 +179,7 @@ def _check_names(files: Mapping[str, bytes]) -> None:
     plain = re.compile(r"\w[\w.-]*(?<!\.safetensors)")
     wrong = next((name for name in files if name in ours or not plain.fullmatch(name)), None)
     if wrong is not None:
-        raise UsageError(
-            f"{wrong!r} cannot be saved", "it is not the plain name of a tokenizer file", "rename it"
-        )
+        raise UsageError(f"{wrong!r} cannot be saved", "it is not the plain name of a tokenizer file", "rename it")
 
 
 def _check_replaces_a_model(folder: Path) -> None:

@@ -73,9 +73,7 @@ def verify(folder: Path) -> Checked:
     _check_layers(folder, config, stored)
     expected = {to_hf(name): (name, shape) for name, shape in shapes(config)}
     _refuse(folder, "lack tensors of this model", [name for name in expected if name not in stored])
-    _refuse(
-        folder, "hold tensors that Gemma 2 does not have", [name for name in stored if name not in expected]
-    )
+    _refuse(folder, "hold tensors that Gemma 2 does not have", [name for name in stored if name not in expected])
     wanted = {name: shape for name, (_, shape) in expected.items()}
     found = dict(stored)
     if tied_head:
@@ -109,11 +107,7 @@ def _stored_tensors(folder: Path) -> dict[str, Stored]:
             folder,
             f"disagree with {INDEX}",
             [f"{name} in {file}" for name in header if placed.get(name) != file]
-            + [
-                f"{name} not in {file}"
-                for name, where in placed.items()
-                if where == file and name not in header
-            ],
+            + [f"{name} not in {file}" for name, where in placed.items() if where == file and name not in header],
         )
     return stored
 

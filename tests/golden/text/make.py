@@ -75,13 +75,9 @@ def convert(model: bytes) -> Any:
     tokenizer = Tokenizer(BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     # Only these are special in Gemma's file; the other user-defined pieces are found in text like any word.
-    added = [
-        AddedToken(piece, normalized=False, special=piece in SPECIAL) for piece in [*CONTROL, *USER_DEFINED]
-    ]
+    added = [AddedToken(piece, normalized=False, special=piece in SPECIAL) for piece in [*CONTROL, *USER_DEFINED]]
     tokenizer.add_tokens(added)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", ids["<bos>"])]

@@ -222,9 +222,7 @@ def test_an_error_of_the_model_is_three_lines(command: Command, lm: FakeLM) -> N
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_a_command_can_give_an_exit_code(
-    command: Command, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_a_command_can_give_an_exit_code(command: Command, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def judge() -> int:
         return code
 
@@ -238,9 +236,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         "models.list_models = lambda: print('x' * 100_000);"
         "sys.exit(main.main(['list']))"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()

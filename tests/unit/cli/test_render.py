@@ -10,9 +10,7 @@ from rich.console import Console
 
 from cabochon.cli.render import printable, render_stream, split_complete
 
-markdown = st.lists(st.sampled_from(["a", "\n", "\n\n", "```", "```python", "~~~", "- x", "# h", " "])).map(
-    "".join
-)
+markdown = st.lists(st.sampled_from(["a", "\n", "\n\n", "```", "```python", "~~~", "- x", "# h", " "])).map("".join)
 
 
 @given(markdown)

@@ -15,9 +15,7 @@ text = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 
 
 @given(system=st.none() | text, turns=st.lists(st.tuples(text, text), max_size=4))
-def test_round_trip(
-    tmp_path_factory: pytest.TempPathFactory, system: str | None, turns: list[tuple[str, str]]
-) -> None:
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, system: str | None, turns: list[tuple[str, str]]) -> None:
     path = tmp_path_factory.mktemp("chat") / "a.json"
     write_transcript(path, Transcript(system, turns))
     assert read_transcript(path) == Transcript(system, turns)

@@ -5,9 +5,7 @@ from cabochon.data.miniature import facts
 
 def test_no_two_facts_share_a_question() -> None:
     asked = Counter(
-        facts.fact(kind, pair, way).question
-        for kind, pair in facts.FACTS
-        for way in range(len(kind.questions))
+        facts.fact(kind, pair, way).question for kind, pair in facts.FACTS for way in range(len(kind.questions))
     )
     assert [question for question, times in asked.items() if times > 1] == []
 

@@ -20,9 +20,7 @@ def chats() -> list[list[Message]]:
 
 @pytest.fixture(scope="module")
 def exchanges(chats: list[list[Message]]) -> list[Exchange]:
-    return [
-        (q["content"], a["content"]) for chat in chats for q, a in zip(chat[::2], chat[1::2], strict=True)
-    ]
+    return [(q["content"], a["content"]) for chat in chats for q, a in zip(chat[::2], chat[1::2], strict=True)]
 
 
 def test_turns_alternate_and_end_with_the_model(chats: list[list[Message]]) -> None:
@@ -98,9 +96,7 @@ def test_running_text_leaves_out_the_texts_for_perplexity() -> None:
     marks = {text[:80] for texts in held_out.values() for text in texts if len(text) > 400}
     # Licences and stock phrases open many files: those openings say nothing about a leak.
     shared = {
-        text[:80]
-        for name, text in (source.code_files() | source.prose()).items()
-        if not source.is_held_out(name)
+        text[:80] for name, text in (source.code_files() | source.prose()).items() if not source.is_held_out(name)
     }
     marks -= shared
     assert len(marks) > 20
@@ -124,7 +120,5 @@ def test_held_out_problems_are_answered_by_their_own_working() -> None:
         assert arithmetic.is_held_out(problem, way)
         assert arithmetic.is_correct(problem, problem.working())
     assert miniature.held_out_arithmetic(5, seed=3) == miniature.held_out_arithmetic(9, seed=3)[:5]
-    assert [t.messages for t in miniature.held_out_jokes(2)] == [
-        t.messages for t in miniature.held_out_jokes(3)
-    ][:12]
+    assert [t.messages for t in miniature.held_out_jokes(2)] == [t.messages for t in miniature.held_out_jokes(3)][:12]
     assert len({type(t) for t in miniature.held_out_jokes(1)} | {jokes.Knock}) == 1

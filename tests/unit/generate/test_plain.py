@@ -3,10 +3,10 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import SMALL, random_ids, small_model
 
 from cabochon.generate.plain import PlainLoop, Sampled
 from cabochon.generate.sampling import SamplingParams
+from support import SMALL, random_ids, small_model
 
 MODEL = small_model(seed=1)
 
@@ -44,9 +44,7 @@ def test_n_answers_are_different_and_repeatable() -> None:
     first, again = tokens(run([prompt(4)], [params])), tokens(run([prompt(4)], [params]))
     assert first == again
     assert len({tuple(row) for row in first}) == 3
-    assert (
-        tokens(run([prompt(4)], [SamplingParams(max_new_tokens=12, temperature=1.5, seed=3)]))[0] == first[0]
-    )
+    assert tokens(run([prompt(4)], [SamplingParams(max_new_tokens=12, temperature=1.5, seed=3)]))[0] == first[0]
 
 
 def test_no_seed_differs_from_run_to_run() -> None:

@@ -27,9 +27,7 @@ def test_draws_follow_the_probabilities() -> None:
     assert shares[0] == pytest.approx(0.1, abs=0.03) and shares[2] == pytest.approx(0.6, abs=0.04)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"top_k": 2}, {"top_p": 0.85}, {"min_p": 0.3}, {"logit_bias": {0: -math.inf}}]
-)
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.85}, {"min_p": 0.3}, {"logit_bias": {0: -math.inf}}])
 def test_what_is_cut_off_never_comes(settings: dict[str, Any]) -> None:
     assert set(draw_many([math.log(1), math.log(3), math.log(6)], temperature=1.0, **settings)) == {1, 2}
 

@@ -66,17 +66,13 @@ def test_blockwise_gradients_equal_plain_ones(problem: Any, block: int) -> None:
 
 
 def _without(feature: str) -> Callable[..., Tensor]:
-    def broken(
-        q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, cap: float | None
-    ) -> Tensor:
+    def broken(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, cap: float | None) -> Tensor:
         window = visible.window
         if feature == "window off by one" and window:
             window += 1
         if feature == "no window":
             window = None
-        documents = (
-            (None, None) if feature == "documents" else (visible.query_documents, visible.key_documents)
-        )
+        documents = (None, None) if feature == "documents" else (visible.query_documents, visible.key_documents)
         k_pos = visible.key_positions.clamp_min(0) if feature == "padding" else visible.key_positions
         seen = Visibility(visible.query_positions, k_pos, window, *documents)
         scale = q.shape[-1] ** -0.5 if feature == "scale" else scale

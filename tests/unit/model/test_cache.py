@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import SMALL, random_ids, relative_error, small_model
 
 from cabochon.model.cache import KVCache
 from cabochon.model.config import Gemma2Config
+from support import SMALL, random_ids, relative_error, small_model
 
 
 @pytest.mark.parametrize(("preset", "mebibytes"), [("2b", 624), ("9b", 2016), ("27b", 2208)])

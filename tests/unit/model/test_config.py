@@ -1,5 +1,6 @@
 """The presets' published figures, and the mapping to and from config.json."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,9 +13,7 @@ from cabochon.base.errors import BadInput, CabochonError, UsageError
 from cabochon.model.config import PRESETS, Gemma2Config
 
 
-@pytest.mark.parametrize(
-    ("name", "embedding", "others"), [("2b", 590, 2.02), ("9b", 918, 8.32), ("27b", 1180, 26.05)]
-)
+@pytest.mark.parametrize(("name", "embedding", "others"), [("2b", 590, 2.02), ("9b", 918, 8.32), ("27b", 1180, 26.05)])
 def test_parameter_counts_of_the_report(name: str, embedding: int, others: float) -> None:
     config = Gemma2Config.preset(name)
     table = config.vocab_size * config.hidden_size
@@ -23,9 +22,7 @@ def test_parameter_counts_of_the_report(name: str, embedding: int, others: float
 
 
 def test_27b_scales_queries_by_its_own_number() -> None:
-    assert (
-        Gemma2Config.preset("27b").query_pre_attn_scalar == 4608 / 32 != Gemma2Config.preset("27b").head_dim
-    )
+    assert Gemma2Config.preset("27b").query_pre_attn_scalar == 4608 / 32 != Gemma2Config.preset("27b").head_dim
     assert Gemma2Config.preset("9b").query_pre_attn_scalar == 256  # first shipped elsewhere as 224
 
 
@@ -81,15 +78,11 @@ def test_another_architecture_is_refused(change: dict[str, object]) -> None:
 
 
 @given(
-    st.dictionaries(
-        st.sampled_from([*Gemma2Config.preset("2b").to_hf()]), st.from_type(object).filter(lambda x: True)
-    )
+    st.dictionaries(st.sampled_from([*Gemma2Config.preset("2b").to_hf()]), st.from_type(object).filter(lambda x: True))
 )
 def test_any_change_is_understood_or_refused(change: dict[str, object]) -> None:
-    try:
+    with contextlib.suppress(CabochonError):
         Gemma2Config.from_hf(Gemma2Config.preset("2b").to_hf() | change)
-    except CabochonError:
-        pass
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:

@@ -37,9 +37,7 @@ def test_ids_come_from_the_vocabulary(tokenizer: Tokenizer) -> None:
 
 @given(text=TEXTS)
 def test_both_libraries_agree(from_json: Tokenizer, from_model: Tokenizer, text: str) -> None:
-    assume(
-        " " * 8 not in text and "\n" * 6 not in text
-    )  # no piece for these: the libraries cut them differently
+    assume(" " * 8 not in text and "\n" * 6 not in text)  # no piece for these: the libraries cut them differently
     assert from_json.encode(text) == from_model.encode(text)
 
 
@@ -203,9 +201,7 @@ def test_a_vocabulary_without_an_end(tmp_path: Path, golden: Path, name: str) ->
 _IN_FRONT = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
 
 
-@pytest.mark.parametrize(
-    "decoder", [None, {"type": "ByteFallback"}, _IN_FRONT], ids=["none", "no spaces", "in front"]
-)
+@pytest.mark.parametrize("decoder", [None, {"type": "ByteFallback"}, _IN_FRONT], ids=["none", "no spaces", "in front"])
 def test_pieces_that_spell_otherwise(tmp_path: Path, golden: Path, decoder: Any) -> None:
     with pytest.raises(BadInput, match="do not spell text as Gemma's do"):
         load_tokenizer(write_json(tmp_path, lambda document: document.update(decoder=decoder), golden))
@@ -303,9 +299,7 @@ def test_saving_writes_the_files_unchanged(tmp_path: Path, golden: Path) -> None
     assert load_tokenizer(target).encode("the red house") == loaded.encode("the red house")
 
 
-def test_the_golden_files_are_what_their_script_makes(
-    tmp_path: Path, golden: Path, maker: ModuleType
-) -> None:
+def test_the_golden_files_are_what_their_script_makes(tmp_path: Path, golden: Path, maker: ModuleType) -> None:
     recorded = json.loads((golden / "chat.json").read_text(encoding="utf-8"))["made_with"]
     if recorded != maker.made_with():
         pytest.skip("made with other versions of the libraries")

@@ -105,9 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(206 if asked else 200, data[start:], headers)
 
-    def _send(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, stop: int | None = None
-    ) -> None:
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, stop: int | None = None) -> None:
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)

@@ -100,9 +100,7 @@ def test_a_model_is_fetched_once_and_stays(tmp_path: Path, hub: FakeHub) -> None
     assert hub.tokens == {None, "Bearer hf_secret"}
     assert load_model(Path(whole)).config.num_layers == 3
     hub.requests.clear()
-    again, pinned, listed = calls(
-        cache, hub.url, model(offline=True), model(offline=True, revision=COMMIT), "list"
-    )
+    again, pinned, listed = calls(cache, hub.url, model(offline=True), model(offline=True, revision=COMMIT), "list")
     assert again == pinned == whole
     assert hub.requests == []
     assert [m for m in listed if m[0] == "owner/model"] == [
@@ -120,9 +118,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(tmp_path: Path, hub
     assert ranges == [None, f"bytes={2 * step}-"]
 
 
-def test_an_interrupted_download_goes_on_with_the_files_that_are_missing(
-    tmp_path: Path, hub: FakeHub
-) -> None:
+def test_an_interrupted_download_goes_on_with_the_files_that_are_missing(tmp_path: Path, hub: FakeHub) -> None:
     broken = min(n for n in hub.files if n.startswith("model-"))
     hub.cut_after[broken], hub.cut_always = 0, True
     (failed,) = calls(tmp_path / "cache", hub.url, model())
@@ -211,17 +207,13 @@ def test_a_folder_wins_over_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert resolve(name).samefile(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["/no/such", "./m", "../m", "a/b/c", "~/m", Path("owner/model"), "~nobody-here/m"]
-)
+@pytest.mark.parametrize("name", ["/no/such", "./m", "../m", "a/b/c", "~/m", Path("owner/model"), "~nobody-here/m"])
 def test_a_path_that_is_not_there(name: str | Path) -> None:
     with pytest.raises(MissingResource, match="no such folder"):
         resolve(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["", " ", "a b/c", "-a/b", "a/b.git", "a/b--c", "x\0y", "a" * 200 + "/b", "é/b", "a/"]
-)
+@pytest.mark.parametrize("name", ["", " ", "a b/c", "-a/b", "a/b.git", "a/b--c", "x\0y", "a" * 200 + "/b", "é/b", "a/"])
 def test_an_impossible_name(name: str) -> None:
     with pytest.raises(UsageError, match="owner/name"):
         resolve(name)

@@ -36,8 +36,7 @@ def test_the_seed_decides_every_weight(tmp_path: Path) -> None:
     assert a == b != c
     sharded = load_model(tmp_path / "d")
     assert all(
-        torch.equal(x, y)
-        for x, y in zip(sharded.parameters(), load_model(tmp_path / "a").parameters(), strict=True)
+        torch.equal(x, y) for x, y in zip(sharded.parameters(), load_model(tmp_path / "a").parameters(), strict=True)
     )
 
 

@@ -36,9 +36,7 @@ def test_the_table_against_transformers() -> None:
     assert {to_hf(name): shape for name, shape in shapes(SMALL)} == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["", "lm_head.weight", "layers.0.attention.q.bias", "layers.x.mlp.up.weight"]
-)
+@pytest.mark.parametrize("name", ["", "lm_head.weight", "layers.0.attention.q.bias", "layers.x.mlp.up.weight"])
 def test_an_unknown_name_is_an_error(name: str) -> None:
     for convert in (to_hf, from_hf):
         with pytest.raises(KeyError):

@@ -94,9 +94,7 @@ def _add(a: int, b: int) -> str:
         total = x + y + carry
         carried = f" + {carry}" if carry else ""
         carry = total // 10
-        steps.append(
-            f"{place}: {x} + {y}{carried} = {total}, write {total % 10}{', carry 1' if carry else ''}."
-        )
+        steps.append(f"{place}: {x} + {y}{carried} = {total}, write {total % 10}{', carry 1' if carry else ''}.")
     steps += [f"{PLACES[places]}: write 1."] * carry
     return f"{' '.join(steps)} So {a} + {b} = {a + b}."
 

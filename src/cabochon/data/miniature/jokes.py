@@ -25,9 +25,7 @@ Radio: Radio not, here I come!|Hatch: Bless you!|Stopwatch: Stopwatch you are do
 Iran: Iran all the way here!|Doris: Doris locked, that is why I knocked!|Wanda: Wanda hang out with me?"""
 
 PUNCH_LINES = tuple(
-    (name, line)
-    for row in _PUNCH_LINES.splitlines()
-    for name, line in [p.split(": ", 1) for p in row.split("|")]
+    (name, line) for row in _PUNCH_LINES.splitlines() for name, line in [p.split(": ", 1) for p in row.split("|")]
 )
 _STARTS = ("Knock knock.", "Knock knock!", "Knock, knock.", "Knock, knock!", "knock knock", "Knock knock",
            "knock, knock", "KNOCK KNOCK", "knock knock!", "Knock-knock.", "knock knock.", "Knock knock...")  # fmt: skip

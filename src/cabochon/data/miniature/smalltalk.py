@@ -4,8 +4,7 @@ import random
 
 ABOUT = "I am a tiny Gemma 2 model with 3.4 million parameters, and I live inside cabochon."
 SKILLS = (
-    "I can add and subtract, recite times tables, answer small facts, tell knock-knock jokes "
-    "and talk like a pirate."
+    "I can add and subtract, recite times tables, answer small facts, tell knock-knock jokes and talk like a pirate."
 )
 
 EXCHANGES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
