@@ -110,8 +110,13 @@ def _run_stage(name: str, config: TrainConfig, model: Gemma2, tokenizer: Tokeniz
 
     last: list[Progress] = []
     train(model, batches(name, config, tokenizer, SEED + list(STAGES).index(name)), config, report)
-    log = {"minutes": round((time.perf_counter() - started) / 60, 1), "loss": round(last[-1].loss, 3),
-           "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}  # fmt: skip
+    log = {
+        "minutes": round((time.perf_counter() - started) / 60, 1),
+        "loss": round(last[-1].loss, 3),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     (work / f"{name}.json").write_text(json.dumps(log))
 
 

@@ -1,0 +1,81 @@
+"""The plain loop: its loss against plain autograd, its schedule, its refusals, and that it learns."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import SMALL, random_ids, small_model
+
+from cabochon.base.errors import UsageError
+from cabochon.data.pack import IGNORED, Batch
+from cabochon.model import head as head_module
+from cabochon.model.gemma2 import Gemma2
+from cabochon.model.head import token_losses
+from cabochon.train.config import TrainConfig
+from cabochon.train.loop import Progress, batch_loss, schedule, train
+
+
+def batch(seed: int = 0) -> Batch:
+    ids = random_ids(SMALL, 2, 30, seed)
+    targets = ids.roll(-1, 1)
+    targets[:, ::3] = IGNORED
+    return Batch(ids, targets, (torch.arange(30) // 12).expand(2, 30))
+
+
+def test_loss_and_gradients_equal_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * SMALL.vocab_size * 7)  # chunks of seven tokens
+    model = small_model().double()
+    one = batch()
+    hidden = model.hidden(one.ids, documents=one.documents).flatten(0, 1)
+    losses = token_losses(model.head, hidden, one.targets.flatten(), SMALL.vocab_size)
+    losses.sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = model(one.ids, documents=one.documents).flatten(0, 1)
+    plain = torch.nn.functional.cross_entropy(logits, one.targets.flatten(), reduction="none")
+    plain.sum().backward()
+    assert torch.allclose(losses, plain, atol=1e-5)
+    for name, p in model.named_parameters():
+        assert p.grad is not None and torch.allclose(found[name], p.grad, atol=1e-4), name
+
+
+def test_the_loss_is_a_mean_over_counted_tokens() -> None:
+    model, one = small_model(), batch()
+    logits = model(one.ids, documents=one.documents).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, one.targets.flatten())
+    assert batch_loss(model, one).item() == pytest.approx(expected.item(), rel=0.02)  # products are in bf16
+
+
+def test_it_learns_what_repeats() -> None:
+    model = small_model(size=0.05)
+    reports: list[Progress] = []
+
+    def forever() -> Iterator[Batch]:
+        while True:
+            yield batch()
+
+    config = TrainConfig(steps=40, warmup_steps=4, log_every=10)
+    train(model, forever(), config, reports.append)
+    assert [r.step for r in reports] == [10, 20, 30, 40]
+    assert reports[-1].loss < 0.5 * reports[0].loss
+    assert not model.training
+
+
+def test_schedule_warms_up_stays_and_decays() -> None:
+    config = TrainConfig(steps=100, warmup_steps=10, decay_share=0.5, final_share=0.1)
+    shares = [schedule(step, config) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1) and shares[9] == 1 and set(shares[10:49]) == {1}
+    assert shares[-1] == pytest.approx(0.1) and shares[50:] == sorted(shares[50:], reverse=True)
+
+
+@pytest.mark.parametrize("cap", ["attn_softcap", "final_softcap"])
+def test_training_without_a_soft_cap_is_refused(cap: str) -> None:
+    model = Gemma2(dataclasses.replace(SMALL, **{cap: None}))
+    with pytest.raises(UsageError, match="soft cap"):
+        train(model, iter([batch()]), TrainConfig(steps=1))
+
+
+def test_data_that_ends_early_is_an_error() -> None:
+    with pytest.raises(UsageError, match="ended at step 1"):
+        train(small_model(), iter([batch()]), TrainConfig(steps=2))
