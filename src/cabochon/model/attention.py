@@ -122,17 +122,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, sof
     def cap(score: Tensor, *_indices: Tensor) -> Tensor:
         return score if softcap is None else torch.tanh(score / softcap) * softcap
 
-    mixed = _flex_kernel(q.device.type)(
-        q,
-        k,
-        v,
-        score_mod=cap,
-        block_mask=visible.block_mask,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+    mixed: Tensor = _flex_kernel(q.device.type)(
+        q, k, v, score_mod=cap, block_mask=visible.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    sees = (visible.key_positions > -1).any(-1, keepdim=True) & (visible.query_positions > -1)
-    return torch.where(sees[:, None, :, None], mixed, 0)
+    return mixed  # zeros where a query sees nothing
 
 
 @cache

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cabochon.model.visibility import NOTHING, Visibility
 
-SOFTCAP, WINDOW, SCALE = 50.0, 8, 0.31  # a scale that is no power of the head size
+SOFTCAP, SCALE = 50.0, 0.31  # a scale that is no power of the head size
+KEYS, WINDOW, PADDING = 12, 4, 5  # few, so that the oracle's loops take milliseconds
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
@@ -48,28 +49,28 @@ def failures(
 
 def probes(device: str, dtype: torch.dtype) -> list[Probe]:
     """The crafted inputs, heads grouped two to one, head size 16."""
-    ahead = torch.arange(24, device=device)[None]
+    ahead = torch.arange(KEYS, device=device)[None]
     late = ahead[:, -3:]  # queries that come after more keys than the window holds, as when decoding
-    padded = torch.cat([ahead, torch.where(ahead < 5, NOTHING, ahead - 5)])
+    padded = torch.cat([ahead, torch.where(ahead < PADDING, NOTHING, ahead - PADDING)])
     everything = Visibility(ahead, ahead, None)
     return [
         Probe("soft cap", *_saturated(device, dtype), everything),
-        Probe("scale", *_inputs(24, 24, 1, 1.0, device, dtype), everything),
+        Probe("scale", *_inputs(KEYS, KEYS, 1, 1.0, device, dtype), everything),
         # Equal scores: each value counts the same, so one key too many or too few shows at once.
-        Probe("window edge", *_inputs(24, 24, 1, 0.0, device, dtype), Visibility(ahead, ahead, WINDOW)),
+        Probe("window edge", *_inputs(KEYS, KEYS, 1, 0.0, device, dtype), Visibility(ahead, ahead, WINDOW)),
         Probe(
             "window beyond the prompt",
-            *_inputs(3, 24, 1, 0.0, device, dtype),
+            *_inputs(3, KEYS, 1, 0.0, device, dtype),
             Visibility(late, ahead, WINDOW),
         ),
-        Probe("padding", *_inputs(24, 24, 2, 1.0, device, dtype), Visibility(padded, padded, WINDOW)),
-        Probe("documents", *_inputs(24, 24, 1, 1.0, device, dtype), _two_documents(ahead)),
+        Probe("padding", *_inputs(KEYS, KEYS, 2, 1.0, device, dtype), Visibility(padded, padded, WINDOW)),
+        Probe("documents", *_inputs(KEYS, KEYS, 1, 1.0, device, dtype), _two_documents(ahead)),
     ]
 
 
 def _two_documents(positions: Tensor) -> Visibility:
-    document = (positions >= 10).long()
-    restarted = positions - 10 * document
+    document = (positions >= PADDING).long()
+    restarted = positions - PADDING * document
     return Visibility(restarted, restarted, None, document, document)
 
 
@@ -79,7 +80,7 @@ def _saturated(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]
     Entries of -8, 0 and 8 make every product q k exact in bfloat16, so that a score's own rounding, which
     is large at this size, cannot hide or imitate a missing cap.
     """
-    q, k, v = _inputs(24, 24, 1, 1.0, device, torch.float32)
+    q, k, v = _inputs(KEYS, KEYS, 1, 1.0, device, torch.float32)
     return (q.sign() * (q.abs() > 0.4) * 8).to(dtype), (k.sign() * (k.abs() > 0.4) * 8).to(dtype), v.to(dtype)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tokenizers import Tokenizer as Library
 
 from cabochon.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -25,6 +26,12 @@ def maker() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def library() -> Library:
+    """The tokenizers library on its own, which sees control pieces in text."""
+    return Library.from_file(str(GOLDEN / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 
@@ -60,6 +60,7 @@ def test_golden_conversations(golden: Path, tokenizer: Tokenizer) -> None:
         assert encode_chat(tokenizer, chat["messages"], add_generation_prompt=prompt) == chat["ids"]
 
 
+@settings(deadline=None)
 @given(messages=conversations(), answer=st.booleans())
 def test_text_is_the_templates(maker: ModuleType, messages: list[Message], answer: bool) -> None:
     answer &= len(messages) % 2 == 1
@@ -67,15 +68,15 @@ def test_text_is_the_templates(maker: ModuleType, messages: list[Message], answe
     assert render_chat(messages, add_generation_prompt=answer) == expected
 
 
+@settings(deadline=None)
 @given(messages=conversations(), answer=st.booleans())
 def test_ids_are_those_of_the_templates_text(
-    maker: ModuleType, golden: Path, tokenizer: Tokenizer, messages: list[Message], answer: bool
+    maker: ModuleType, library: Library, tokenizer: Tokenizer, messages: list[Message], answer: bool
 ) -> None:
     contents = "".join(m["content"] for m in messages)
     assume(not any(name in contents for name in CONTROL_TEXT))
     assume(" " * 8 not in contents and "\n" * 6 not in contents)  # longer runs are cut differently
     answer &= len(messages) % 2 == 1
-    library = Library.from_file(str(golden / "tokenizer.json"))  # sees control pieces in text
     text = maker.render(for_template(messages), add_generation_prompt=answer)
     assert encode_chat(tokenizer, messages, add_generation_prompt=answer) == (
         library.encode(text, add_special_tokens=False).ids
@@ -122,6 +123,7 @@ def test_control_text_in_a_message_stays_text(tokenizer: Tokenizer) -> None:
     assert attack in tokenizer.decode(ids)
 
 
+@settings(deadline=None)
 @given(messages=conversations())
 def test_the_mask_covers_what_the_model_says(tokenizer: Tokenizer, messages: list[Message]) -> None:
     ids, mask = encode_chat_with_mask(tokenizer, messages)

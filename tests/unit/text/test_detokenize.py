@@ -1,7 +1,7 @@
 """Streaming gives what decoding gives, cut before the first stop string, and holds nothing back without need."""
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cabochon.base.errors import UsageError
@@ -37,6 +37,7 @@ def test_byte_pieces_are_where_we_think(tokenizer: Tokenizer) -> None:
     assert {tokenizer.token_bytes(i) for i in BYTES} == {bytes([b]) for b in range(256)}
 
 
+@settings(deadline=None)
 @given(ids=st.lists(PIECES, max_size=40))
 def test_the_pieces_are_the_text(tokenizer: Tokenizer, ids: list[int]) -> None:
     pieces, decoder = stream(tokenizer, ids, [])
@@ -44,6 +45,7 @@ def test_the_pieces_are_the_text(tokenizer: Tokenizer, ids: list[int]) -> None:
     assert not decoder.stopped
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=24))
 @example(b"\xe2\x82\xe2\x82\xac\xf0\x9f\x91")
 @example(b"\xed\xa0\x80\xc0\x80\xf8")
@@ -52,6 +54,7 @@ def test_bytes_that_are_no_text(tokenizer: Tokenizer, data: bytes) -> None:
     assert "".join(stream(tokenizer, ids, [])[0]) == data.decode("utf-8", errors="replace") == tokenizer.decode(ids)
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
 def test_a_character_is_whole_and_comes_at_once(tokenizer: Tokenizer, text: str) -> None:
     decoder, data = StreamDecoder(tokenizer, []), text.encode()
@@ -60,6 +63,7 @@ def test_a_character_is_whole_and_comes_at_once(tokenizer: Tokenizer, text: str)
         assert decoder.text == data[:count].decode("utf-8", errors="ignore")
 
 
+@settings(deadline=None)
 @given(ids=st.lists(PIECES, max_size=30), stops=st.lists(st.text(max_size=3, min_size=1), max_size=3))
 def test_any_stop_strings(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> None:
     pieces, decoder = stream(tokenizer, ids, stops)
@@ -68,6 +72,7 @@ def test_any_stop_strings(tokenizer: Tokenizer, ids: list[int], stops: list[str]
     assert decoder.stopped == any(stop in text for stop in stops)
 
 
+@settings(deadline=None)
 @given(text=SMALL_TEXT, stops=STOPS, spelled=st.booleans())
 @example("aab", ["aab", "ab"], True)
 @example("abab a", ["aba ", "ba"], True)
@@ -80,6 +85,7 @@ def test_overlapping_stop_strings(tokenizer: Tokenizer, text: str, stops: list[s
     assert decoder.stopped == any(stop in text for stop in stops)
 
 
+@settings(deadline=None)
 @given(text=SMALL_TEXT, stops=STOPS)
 def test_nothing_is_held_back_without_need(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
     decoder, so_far = StreamDecoder(tokenizer, stops), ""
@@ -100,6 +106,14 @@ def test_a_stop_string_within_one_piece(tokenizer: Tokenizer) -> None:
     pieces, decoder = stream(tokenizer, [*house, *house], ["us"])
     assert pieces == ["ho", "", ""]
     assert decoder.stopped
+
+
+def test_the_stop_string_that_is_complete_first_counts(tokenizer: Tokenizer) -> None:
+    """Also when one piece completes several, so that it makes no difference how text falls into pieces."""
+    house = tokenizer.encode("house", bos=False)
+    for ids in (house, byte_ids(tokenizer, b"house")):
+        assert "".join(stream(tokenizer, ids, ["hous", "u"])[0]) == "ho"
+        assert "".join(stream(tokenizer, ids, ["us", "ous"])[0]) == "h"
 
 
 def test_after_a_stop_nothing_comes(tokenizer: Tokenizer) -> None:
