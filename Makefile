@@ -5,13 +5,14 @@ TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -
 # glibc otherwise gives every large tensor back to the system and faults it in again: a quarter of the training time.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 
-.PHONY: help chat test test-slow lint types tiny clean
+.PHONY: help chat test test-slow lint types tiny docs clean
 
 help:
 	@echo 'make chat       talk to the model that ships inside'
 	@echo 'make test       run the tests (make test-slow: the long ones)'
 	@echo 'make lint       check style; make types: check types'
 	@echo 'make tiny       rebuild the model that ships inside from nothing'
+	@echo 'make docs       refresh what the docs generate and quote'
 	@echo 'make clean      remove .venv and all caches'
 
 chat: .venv/.installed
@@ -32,6 +33,9 @@ types: .venv/.installed-dev
 
 tiny: .venv/.installed
 	@$(KEEP_MEMORY) $(BIN)/python -m cabochon.recipe.tiny src/cabochon/models/tiny
+
+docs: .venv/.installed
+	@$(BIN)/python scripts/docs.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
