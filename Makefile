@@ -5,6 +5,8 @@ TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -
 # glibc otherwise gives every large tensor back to the system and faults it in again: a quarter of the training time.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 
+KERNELS := $(wildcard src/cabochon/model/kernels/*.[ch])
+
 .PHONY: help chat test test-slow lint types tiny docs clean
 
 help:
@@ -41,7 +43,7 @@ clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt $(KERNELS)
 	@PYTHON="$(PYTHON)" scripts/setup
 
 .venv/.installed-dev: .venv/.installed

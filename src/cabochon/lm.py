@@ -192,7 +192,7 @@ class LM:
 
     @property
     def _device(self) -> torch.device:
-        return self.model.embedding.weight.device
+        return self.model.device
 
     def _stream(self, ids: list[int], sampling: dict[str, Any]) -> Stream:
         params = sampling_params(**sampling)

@@ -97,7 +97,7 @@ class PlainLoop:
 
     def _next_logits(self) -> Tensor:
         """float32 [rows, V] after the newest token of each row, or after the prompts."""
-        device = self.model.embedding.weight.device
+        device = self.model.device
         if self._cache is None:
             ids, positions = _pad_left([row.prompt for row in self._rows])
             longest = ids.shape[1]
@@ -105,7 +105,7 @@ class PlainLoop:
                 self.model.config,
                 len(self._rows),
                 longest + max(row.limit for row in self._rows),
-                dtype=self.model.embedding.weight.dtype,
+                dtype=self.model.cache_dtype,
                 device=device,
             )
         else:

@@ -4,11 +4,36 @@ At 8192 tokens a 9b cache so takes 25% less than one that keeps every position i
 Dimension letters as in `attention.py`; C is a layer's capacity.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
+from cabochon.model.attention import attention
 from cabochon.model.config import Gemma2Config
 from cabochon.model.visibility import NOTHING, Visibility
+
+
+class Cache(Protocol):
+    """What the model needs of a cache. `extend` once for each forward pass, then `attend` in each layer."""
+
+    @property
+    def length(self) -> int: ...
+
+    def extend(self, positions: Tensor) -> dict[bool, Visibility]: ...
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Visibility,
+        *,
+        scale: float,
+        softcap: float | None,
+        backend: str | None,
+    ) -> Tensor: ...
 
 
 class _Store:
@@ -92,14 +117,32 @@ class KVCache:
         self.length += positions.shape[1]
         return visible
 
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Visibility,
+        *,
+        scale: float,
+        softcap: float | None,
+        backend: str | None,
+    ) -> Tensor:
+        """Store k and v [B, K, T, H] of one layer and mix what its queries q [B, N, T, H] see: [B, N, T, H]."""
+        dtype = q.dtype
+        k, v = self.update(layer, k, v)
+        mixed = attention(q.to(k.dtype), k, v, visible, scale=scale, softcap=softcap, backend=backend)
+        return mixed.to(dtype)
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [B, K, T, H] of one layer; returns all keys and values that its queries may see."""
         store, kept_k, kept_v = self._stores[self._kinds[layer]], self._keys[layer], self._values[layer]
         joined = None
         if store.joined:
             joined = (
-                torch.cat([kept_k[:, :, : store.before], k], dim=2),
-                torch.cat([kept_v[:, :, : store.before], v], dim=2),
+                torch.cat([kept_k[:, :, : store.before], k.to(kept_k.dtype)], dim=2),
+                torch.cat([kept_v[:, :, : store.before], v.to(kept_v.dtype)], dim=2),
             )
         for where, what in store.slots:
             kept_k[:, :, where], kept_v[:, :, where] = k[:, :, what], v[:, :, what]

@@ -8,11 +8,13 @@ F feed-forward size, V vocabulary.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu
 
 from cabochon.model.attention import attention
-from cabochon.model.cache import KVCache
+from cabochon.model.cache import Cache
 from cabochon.model.config import Gemma2Config
+from cabochon.model.kernels import elementwise
+from cabochon.model.linear import Embedding, Linear
 from cabochon.model.visibility import Visibility
 
 
@@ -23,7 +25,7 @@ class Gemma2(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend: str | None = None  # a name from attention.BACKENDS; None takes the best
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = RMSNorm(config)
 
@@ -32,7 +34,7 @@ class Gemma2(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits float32 [B, T, V]; arguments as in `hidden`."""
         return self.head(self.hidden(ids, positions, documents, cache))
@@ -42,7 +44,7 @@ class Gemma2(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Final hidden states [B, T, D], normed, in the weights' dtype.
 
@@ -66,11 +68,22 @@ class Gemma2(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Soft-capped logits float32 [..., V] of hidden states [..., D]; the weight is the embedding's."""
-        return soft_cap(linear(hidden, self.embedding.weight).float(), self.config.final_softcap)
+        return soft_cap(self.embedding.project(hidden).float(), self.config.final_softcap)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What keys and values are kept in: the weights' dtype, and bfloat16 beside quantised weights."""
+        dtype = self.embedding.weight.dtype
+        return dtype if dtype.is_floating_point else torch.bfloat16
 
     def _embedding_scale(self) -> float:
         # Rounded to the weights' dtype as the published models were trained: 9b in bf16 has 59.75, not 59.866.
-        return torch.tensor(self.config.hidden_size**0.5, dtype=self.embedding.weight.dtype).item()
+        return torch.tensor(self.config.hidden_size**0.5, dtype=self.cache_dtype).item()
 
     def _visibility(self, positions: Tensor, documents: Tensor | None) -> dict[bool, Visibility]:
         windows = {True: self.config.sliding_window, False: None}
@@ -96,7 +109,7 @@ class Block(nn.Module):
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
         visible: Visibility,
-        cache: KVCache | None,
+        cache: Cache | None,
         backend: str | None,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -116,31 +129,30 @@ class Attention(nn.Module):
         self.scale = config.query_pre_attn_scalar**-0.5  # not always head_dim ** -0.5: 27b has 144 and 128
         self.softcap = config.attn_softcap
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q = nn.Linear(config.hidden_size, wide, bias=False)
-        self.k = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.v = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.o = nn.Linear(wide, config.hidden_size, bias=False)
+        self.q = Linear(config.hidden_size, wide)
+        self.k = Linear(config.hidden_size, narrow)
+        self.v = Linear(config.hidden_size, narrow)
+        self.o = Linear(wide, config.hidden_size)
 
     def forward(
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
         visible: Visibility,
-        cache: KVCache | None,
+        cache: Cache | None,
         backend: str | None,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        q, k, v = (self._split_heads(project(x)) for project in (self.q, self.k, self.v))
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None:
-            k, v = cache.update(self.index, k, v)
-        mixed = attention(q, k, v, visible, scale=self.scale, softcap=self.softcap, backend=backend)
+        settings = {"scale": self.scale, "softcap": self.softcap, "backend": backend}
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, heads, T, H]
+        if cache is None:
+            mixed = attention(q, k, v, visible, **settings)
+        else:
+            mixed = cache.attend(self.index, q, k, v, visible, **settings)
         out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
         return out
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """[B, T, heads * H] -> [B, heads, T, H]."""
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class GeGLU(nn.Module):
@@ -148,9 +160,9 @@ class GeGLU(nn.Module):
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate = Linear(config.hidden_size, config.intermediate_size)
+        self.up = Linear(config.hidden_size, config.intermediate_size)
+        self.down = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -168,20 +180,25 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]; in float32 up to the final cast, as the torch references do."""
+        fused = elementwise.rms_norm(x, self.weight, self.eps)
+        if fused is not None:
+            return fused
         wide = x.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return (normed * (1.0 + self.weight.float())).type_as(x)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine float32 [B, 1, T, H/2] of positions [B, T] (arXiv 2104.09864)."""
+    """Cosine and sine float32 [B, T, 1, H/2] of positions [B, T] (arXiv 2104.09864)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
+    angles = positions[:, :, None, None].float() * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + H/2) of x [B, heads, T, H] by their angles, in float32."""
+    """Turn the pairs (i, i + H/2) of x [B, T, heads, H] by their angles, in float32. May reuse x."""
+    if elementwise.rotate_in_place(x, *rotation):
+        return x
     cos, sin = rotation
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)

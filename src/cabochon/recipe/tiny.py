@@ -41,7 +41,7 @@ STAGES: dict[str, TrainConfig] = {
     "pretrain": TrainConfig(steps=600, rows=16, length=256, decay_share=0.3, final_share=0.4),
     "lengthen": TrainConfig(steps=40, rows=4, length=1024, learning_rate=1e-3, matrix_learning_rate=8e-3,
                             decay_share=0.0, warmup_steps=5),
-    "chat": TrainConfig(steps=2000, rows=8, length=384, learning_rate=2e-3, matrix_learning_rate=1.5e-2,
+    "chat": TrainConfig(steps=2600, rows=8, length=384, learning_rate=2e-3, matrix_learning_rate=1.5e-2,
                         decay_share=0.7),
 }  # fmt: skip
 

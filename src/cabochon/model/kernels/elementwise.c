@@ -1,0 +1,39 @@
+/* The small steps between matrix products, each in one call instead of eight: at one token a step, the calls
+   themselves are what costs. Plain twins: RMSNorm and rotate in gemma2.py. */
+
+#include <math.h>
+
+#include "kernels.h"
+
+/* out = x / sqrt(mean(x^2) + eps) * (1 + weight), rows of D (a multiple of 16), in float32 up to the last store. */
+AVX512 EXPORT void cabochon_rms_norm(Floats x, Floats weight, Floats out, int64_t rows, int64_t d, float eps) {
+#pragma omp parallel for schedule(static) if (rows * d > 65536)
+    for (int64_t row = 0; row < rows; row++) {
+        __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t i = 0; i < d; i += LANES) {
+            const __m512 value = load(x, row * d + i);
+            sum[i / LANES % 2] = _mm512_fmadd_ps(value, value, sum[i / LANES % 2]);
+        }
+        const float mean = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) / (float)d;
+        const __m512 factor = _mm512_set1_ps(1.0f / sqrtf(mean + eps)), one = _mm512_set1_ps(1.0f);
+        for (int64_t i = 0; i < d; i += LANES)
+            store(out, row * d + i,
+                  _mm512_mul_ps(_mm512_mul_ps(load(x, row * d + i), factor), _mm512_add_ps(one, load(weight, i))));
+    }
+}
+
+/* In place: the pairs (i, i + H/2) of x [rows, heads, H] turned by cos, sin float32 [rows, H/2]; H a multiple of 32. */
+AVX512 EXPORT void cabochon_rotate(Floats x, const float *cosine, const float *sine, int64_t rows, int64_t heads,
+                                   int64_t size) {
+    const int64_t half = size / 2;
+#pragma omp parallel for schedule(static) if (rows * heads * size > 65536)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t head = 0; head < heads; head++)
+            for (int64_t i = 0; i < half; i += LANES) {
+                const int64_t first = (row * heads + head) * size + i;
+                const __m512 c = _mm512_loadu_ps(cosine + row * half + i), s = _mm512_loadu_ps(sine + row * half + i);
+                const __m512 a = load(x, first), b = load(x, first + half);
+                store(x, first, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+                store(x, first + half, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+            }
+}

@@ -1,0 +1,34 @@
+"""The small steps between matrix products, each as one call of a kernel where there is one.
+
+Every function says by its result whether it did the work; the caller holds the plain version.
+"""
+
+import ctypes
+
+from torch import Tensor, empty_like
+
+from cabochon.model.kernels.native import LANES, floats, usable
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """x / sqrt(mean(x^2) + eps) * (1 + weight) over the last axis D, in float32 up to the cast; None: not done."""
+    native, size = usable(x, weight), x.shape[-1]
+    if native is None or size % LANES:
+        return None
+    out = empty_like(x)
+    rows = ctypes.c_int64(x.numel() // size)
+    native.cabochon_rms_norm(floats(x), floats(weight), floats(out), rows, ctypes.c_int64(size), ctypes.c_float(eps))
+    return out
+
+
+def rotate_in_place(x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
+    """Turn the pairs (i, i + H/2) of x [B, T, heads, H] by angles float32 [B, T, 1, H/2]; False: not done."""
+    native, (_, _, heads, size) = usable(x, cosine, sine), x.shape
+    if native is None or size % (2 * LANES):
+        return False
+    rows = ctypes.c_int64(x.numel() // (heads * size))
+    native.cabochon_rotate(
+        floats(x), ctypes.c_void_p(cosine.data_ptr()), ctypes.c_void_p(sine.data_ptr()), rows,
+        ctypes.c_int64(heads), ctypes.c_int64(size),
+    )  # fmt: skip
+    return True

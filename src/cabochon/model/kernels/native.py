@@ -1,0 +1,70 @@
+"""The compiled kernels, through ctypes: which there are, whether this processor runs them, and how they are called.
+
+The library is plain C, built when the package is installed (`[tool.setuptools]` in pyproject.toml). It needs no header
+of Python or torch, so it works with any version of either. Its loops run on the OpenMP threads that torch has
+already started, because it is loaded after torch and takes those symbols from it: two pools on the same cores would
+fight. Without a compiler, or on another processor, `library()` is None and the plain twins compute instead.
+"""
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAME = "_native"
+LANES = 16  # float32 numbers in a register; kernels.h has the same
+
+
+class Floats(ctypes.Structure):
+    """An array of float32 or bfloat16, as kernels.h declares it."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("is_bf16", ctypes.c_int64))
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None with the reason in `why_not`."""
+    return _open()[0]
+
+
+def why_not() -> str:
+    """Why the plain twins compute on this machine; empty when the kernels do."""
+    return _open()[1]
+
+
+@cache
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(NAME + suffix)).exists()]
+    if not found:
+        return None, "they were not compiled: no C compiler was there when cabochon was installed"
+    # torch's own OpenMP, made visible to what is loaded after it.
+    deps = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
+    try:
+        if deps.exists():
+            ctypes.CDLL(str(deps), mode=ctypes.RTLD_GLOBAL)
+        opened = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        return None, f"they could not be loaded: {error}"
+    if not opened.cabochon_supported():
+        return None, "this processor lacks AVX512-VNNI"
+    return opened, ""
+
+
+def usable(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The kernels when every tensor is a dense float32 or bfloat16 CPU tensor and no gradient is asked for."""
+    opened = library()
+    if opened is None or torch.is_grad_enabled():
+        return None
+    for tensor in tensors:
+        known = tensor.dtype is torch.float32 or tensor.dtype is torch.bfloat16
+        if not known or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+    return opened
+
+
+def floats(tensor: Tensor) -> Floats:
+    """A tensor as the kernels take it; it has to outlive the call."""
+    return Floats(tensor.data_ptr(), tensor.dtype is torch.bfloat16)

@@ -1,0 +1,163 @@
+/* Integer matrix products for quantised weights: activations int8, weights int8 or int4, AVX512-VNNI.
+
+   out[m, n] = sum over groups g of  a_scale[m, g] * w_scale[n, g] * sum over k in g of  a[m, k] * (w[n, k] - zero[n, g])
+
+   Sums inside a group are integers, so they are exact in any order, and groups are always added first to last.
+   A row of the result therefore has the same bits however many rows are computed together: what a user is
+   answered does not depend on who else is in the batch. The plain twin is in quantized.py.
+
+   Weights lie in tiles of 16 output channels. 64 bytes of a tile hold 16 channels times 4 consecutive k (int8,
+   stored plus 128), or 16 channels times 8 (int4: the low half of a byte is k, the high half is k + 4). VNNI
+   multiplies unsigned by signed bytes: weights are the unsigned side, activations the signed one.
+
+   Letters: M rows, N output channels, K input channels, G = K / group. */
+
+#include <stdlib.h>
+
+#include "kernels.h"
+
+
+/* Four rows times four tiles: 16 integer accumulators and what feeds them fit the 32 registers, one row alone has
+   enough sums under way to hide their latency, and a step loads 8 times for 16 products. */
+#define ROWS 4
+#define TILES 4
+
+AVX512 INLINE __m512 widen_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+
+AVX512 INLINE __m512i four_bytes(const int8_t *p) {
+    int32_t quad;
+    memcpy(&quad, p, 4);
+    return _mm512_set1_epi32(quad);
+}
+
+/* The product of `rows` (a constant once inlined) activations with `tiles` tiles, all of K. */
+AVX512 INLINE void block(const int rows, const int tiles, const int bits, const QMatmul *p, int64_t row, int64_t tile) {
+    const int64_t K = p->w.k, G = p->w.k / p->w.group, bytes = LANES * K * bits / 8;
+    const uint8_t *w[TILES];
+    __m512 total[ROWS][TILES];
+    for (int t = 0; t < tiles; t++) w[t] = p->w.weight + (tile + t) * bytes;
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tiles; t++) total[r][t] = _mm512_setzero_ps();
+
+    const int8_t *a = p->a + row * K;
+    for (int64_t g = 0; g < G; g++, a += p->w.group) {
+        __m512i sum[ROWS][TILES];
+        for (int t = 0; t < tiles; t++) {
+            const int64_t at = ((tile + t) * G + g) * LANES;
+            const __m512i zero = bits == 8 ? _mm512_set1_epi32(128)
+                                           : _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(p->w.zero + at)));
+            for (int r = 0; r < rows; r++)
+                sum[r][t] = _mm512_mullo_epi32(zero, _mm512_set1_epi32(-p->a_sum[(row + r) * G + g]));
+        }
+        if (bits == 8) {
+            for (int64_t k = 0; k < p->w.group; k += 4) {
+                __m512i weights[TILES];
+                for (int t = 0; t < tiles; t++, w[t - 1] += 64) weights[t] = _mm512_loadu_si512(w[t]);
+                for (int r = 0; r < rows; r++) {
+                    const __m512i quad = four_bytes(a + r * K + k);
+                    for (int t = 0; t < tiles; t++) sum[r][t] = _mm512_dpbusd_epi32(sum[r][t], weights[t], quad);
+                }
+            }
+        } else {
+            const __m512i low_bits = _mm512_set1_epi8(15);
+            for (int64_t k = 0; k < p->w.group; k += 8) {
+                __m512i low[TILES], high[TILES];
+                for (int t = 0; t < tiles; t++, w[t - 1] += 64) {
+                    const __m512i both = _mm512_loadu_si512(w[t]);
+                    low[t] = _mm512_and_si512(both, low_bits);
+                    high[t] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
+                }
+                for (int r = 0; r < rows; r++) {
+                    const __m512i first = four_bytes(a + r * K + k), second = four_bytes(a + r * K + k + 4);
+                    for (int t = 0; t < tiles; t++) {
+                        sum[r][t] = _mm512_dpbusd_epi32(sum[r][t], low[t], first);
+                        sum[r][t] = _mm512_dpbusd_epi32(sum[r][t], high[t], second);
+                    }
+                }
+            }
+        }
+        for (int t = 0; t < tiles; t++) {
+            const __m512 scale = bits == 8 ? _mm512_set1_ps(1) : widen_half(p->w.half + ((tile + t) * G + g) * LANES);
+            for (int r = 0; r < rows; r++) {
+                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(p->a_scale[(row + r) * G + g]));
+                total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][t]), both, total[r][t]);
+            }
+        }
+    }
+    for (int t = 0; t < tiles; t++) {
+        const int64_t channel = (tile + t) * LANES;
+        const int64_t left = p->w.n - channel;
+        const __mmask16 mask = left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
+        for (int r = 0; r < rows; r++) {
+            __m512 x = total[r][t];
+            if (bits == 8) x = _mm512_mul_ps(x, _mm512_loadu_ps(p->w.scale + channel));
+            _mm512_mask_storeu_ps(p->out + (row + r) * p->w.n + channel, mask, x);
+        }
+    }
+}
+
+/* One specialised copy of `block` for each shape: the compiler then keeps every accumulator in a register. */
+#define SHAPES(TILES_, BITS)                              \
+    switch (rows) {                                       \
+        case 1: return block(1, TILES_, BITS, p, row, tile); \
+        case 2: return block(2, TILES_, BITS, p, row, tile); \
+        case 3: return block(3, TILES_, BITS, p, row, tile); \
+        default: return block(4, TILES_, BITS, p, row, tile); \
+    }
+
+AVX512 static void block8(int rows, const QMatmul *p, int64_t row, int64_t tile) { SHAPES(TILES, 8) }
+AVX512 static void block4(int rows, const QMatmul *p, int64_t row, int64_t tile) { SHAPES(TILES, 4) }
+AVX512 static void tile8(int rows, const QMatmul *p, int64_t row, int64_t tile) { SHAPES(1, 8) }
+AVX512 static void tile4(int rows, const QMatmul *p, int64_t row, int64_t tile) { SHAPES(1, 4) }
+
+/* Each thread takes a run of tiles and all rows: a group of tiles stays in its cache while the rows go by. */
+AVX512 static void qmatmul(const QMatmul *p) {
+    const int64_t count = (p->w.n + LANES - 1) / LANES, groups = (count + TILES - 1) / TILES;
+#pragma omp parallel for schedule(static)
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t first = group * TILES, end = count - first < TILES ? count : first + TILES;
+        for (int64_t row = 0; row < p->m; row += ROWS) {
+            const int rows = p->m - row < ROWS ? (int)(p->m - row) : ROWS;
+            if (end - first == TILES)
+                (p->w.bits == 8 ? block8 : block4)(rows, p, row, first);
+            else
+                for (int64_t tile = first; tile < end; tile++) (p->w.bits == 8 ? tile8 : tile4)(rows, p, row, tile);
+        }
+    }
+}
+
+/* float32 x [M, K] to int8 with one scale per row and group; also the sums that zero points need. */
+AVX512 EXPORT void cabochon_quantize_rows(const float *x, int64_t m, int64_t k, int64_t group, int8_t *a, float *scale,
+                                          int32_t *sum) {
+#pragma omp parallel for schedule(static) if (m * k > 65536)
+    for (int64_t i = 0; i < m * (k / group); i++) {
+        const float *from = x + i * group;
+        __m512 largest = _mm512_setzero_ps();
+        for (int64_t j = 0; j < group; j += LANES)
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(from + j)));
+        const float top = _mm512_reduce_max_ps(largest);
+        const __m512 factor = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
+        __m512i total = _mm512_setzero_si512();
+        for (int64_t j = 0; j < group; j += LANES) {
+            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + j), factor));
+            total = _mm512_add_epi32(total, q);
+            _mm_storeu_si128((void *)(a + i * group + j), _mm512_cvtsepi32_epi8(q));
+        }
+        scale[i] = top / 127.0f;
+        sum[i] = _mm512_reduce_add_epi32(total);
+    }
+}
+
+/* out [M, N] = x [M, K] w^T, the activations quantised on the way. Returns 0, or 1 when there is no memory. */
+EXPORT int cabochon_qlinear(const QWeight *w, const float *x, int64_t m, float *out) {
+    const int64_t groups = m * (w->k / w->group);
+    int8_t *scratch = malloc(m * w->k + groups * 8);
+    if (!scratch) return 1;
+    float *scale = (float *)(scratch + m * w->k); /* aligned: k is a multiple of the group, which is one of 16 */
+    int32_t *sum = (int32_t *)(scale + groups);
+    cabochon_quantize_rows(x, m, w->k, w->group, scratch, scale, sum);
+    const QMatmul product = {scratch, scale, sum, *w, out, m};
+    qmatmul(&product);
+    free(scratch);
+    return 0;
+}
