@@ -57,6 +57,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def free_memory(device: str) -> int:
+    """Bytes that can still be taken on a torch device, caches of files counted as free."""
+    if not device.startswith("cuda"):
+        return _memory()[1]
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text(errors="replace") if path.exists() else ""

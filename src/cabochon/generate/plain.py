@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cabochon.generate.sampling import SamplingParams, TokenLogprob, describe, sample
+from cabochon.generate.sampling import SamplingParams, TokenLogprob, describe, generator, sample
 from cabochon.model.cache import KVCache
 from cabochon.model.gemma2 import Gemma2
 from cabochon.model.visibility import NOTHING
@@ -58,7 +58,7 @@ class PlainLoop:
             room = model.config.max_position - len(prompt)
             limit = room if wanted.max_new_tokens is None else min(wanted.max_new_tokens, room)
             for choice in range(wanted.n):
-                row = _Row(len(self._rows), list(prompt), wanted, limit, _generator(wanted.seed, choice))
+                row = _Row(len(self._rows), list(prompt), wanted, limit, generator(wanted.seed, choice))
                 self._rows.append(row)
         self._cache: KVCache | None = None
         self._logits = torch.empty(0)
@@ -86,9 +86,7 @@ class PlainLoop:
         return sampled
 
     def _sample(self, row: _Row, logits: Tensor) -> Sampled:
-        device = logits.device
-        so_far = torch.tensor(row.generated, dtype=torch.long, device=device)
-        token = sample(logits, row.params, torch.tensor(row.prompt, device=device), so_far, row.draw)
+        token = sample(logits, row.params, row.prompt, row.generated, row.draw)
         row.generated.append(token)
         wanted = row.params.logprobs
         logprob = None if wanted is None else describe(logits, token, wanted)
@@ -121,13 +119,3 @@ def _pad_left(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
     ids = [[0] * (longest - len(p)) + p for p in prompts]
     positions = [[NOTHING] * (longest - len(p)) + list(range(len(p))) for p in prompts]
     return torch.tensor(ids), torch.tensor(positions)
-
-
-def _generator(seed: int | None, choice: int) -> torch.Generator:
-    """A row's own source of randomness, so that its answer does not depend on who else is in the batch."""
-    draw = torch.Generator()
-    if seed is None:
-        draw.seed()
-    else:
-        draw.manual_seed((seed * 1_000_003 + choice) % 2**63)
-    return draw

@@ -4,7 +4,7 @@ The order is the usual one: penalties, bias, temperature, top-k, top-p, min-p, d
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,14 +64,33 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: Tensor, params: SamplingParams, prompt: Tensor, generated: Tensor, draw: torch.Generator) -> int:
-    """Choose the next token from float32 logits [V], given the ids (int64, any length) so far."""
-    logits = bias(penalize(logits, params, prompt, generated), params.logit_bias)
+def sample(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int], draw: torch.Generator
+) -> int:
+    """Choose the next token from float32 logits [V], given the ids so far."""
+    logits = adjust(logits, params, prompt, generated)
     if params.temperature == 0:
         return int(logits.argmax())
+    return pick(shares(logits, params), draw)
+
+
+def adjust(logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> Tensor:
+    """Logits [V] after penalties and biases."""
+    if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
+        seen = (torch.as_tensor(ids, dtype=torch.long, device=logits.device) for ids in (prompt, generated))
+        logits = penalize(logits, params, *seen)
+    return bias(logits, params.logit_bias)
+
+
+def shares(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities float32 [V] at a temperature above 0, cut by top-k, top-p and min-p; their sum is not 1."""
     below = logits - logits.max()  # the largest becomes 0, so that a tiny temperature overflows nothing
-    kept = keep(torch.softmax(below / max(params.temperature, 1e-6), dim=-1), params)
-    return int(torch.multinomial(kept.cpu(), 1, generator=draw))  # on the CPU: one seed, one answer, any device
+    return keep(torch.softmax(below / max(params.temperature, 1e-6), dim=-1), params)
+
+
+def pick(probabilities: Tensor, draw: torch.Generator) -> int:
+    """Draw from probabilities [V] of any sum; on the CPU: one seed, one answer, any device."""
+    return int(torch.multinomial(probabilities.cpu(), 1, generator=draw))
 
 
 def penalize(logits: Tensor, params: SamplingParams, prompt: Tensor, generated: Tensor) -> Tensor:
@@ -100,15 +119,25 @@ def keep(probabilities: Tensor, params: SamplingParams) -> Tensor:
 
     Not normalised again: every step compares shares of what is left, and drawing needs no sum of one.
     """
-    kept, order = probabilities.sort(descending=True, stable=True)
-    if 0 < params.top_k < len(kept):
-        kept[params.top_k :] = 0
+    if params.top_k == 0 and params.top_p == 1:
+        return probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0)
+    kept, order = _likeliest(probabilities, params)
     if params.top_p < 1:
         before = kept.cumsum(0) - kept  # mass of the likelier ones: a token stays while this is short of p
-        kept[before >= params.top_p * kept.sum()] = 0
+        kept[before >= params.top_p * (kept.sum() if params.top_k else probabilities.sum())] = 0
     if params.min_p > 0:
         kept[kept < params.min_p * kept[0]] = 0
-    return torch.zeros_like(kept).scatter(0, order, kept)
+    return torch.zeros_like(probabilities).scatter(0, order, kept)
+
+
+def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Values and places of those that top-k and top-p can keep, largest first; sorting all 256,000 takes 20 ms."""
+    size = len(probabilities)
+    for few in (params.top_k or 1024, size):
+        kept, order = probabilities.topk(min(few, size))
+        if params.top_k or kept.sum() >= params.top_p * probabilities.sum():
+            break
+    return kept, order
 
 
 def describe(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:
@@ -117,3 +146,13 @@ def describe(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:
     values, ids = logprobs.topk(min(alternatives, len(logprobs)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(token, logprobs[token].item(), top)
+
+
+def generator(seed: int | None, choice: int) -> torch.Generator:
+    """A request's own source of randomness, so that its answer does not depend on who else is in the batch."""
+    draw = torch.Generator()
+    if seed is None:
+        draw.seed()
+    else:
+        draw.manual_seed((seed * 1_000_003 + choice) % 2**63)
+    return draw

@@ -4,7 +4,8 @@ At 8192 tokens a 9b cache so takes 25% less than one that keeps every position i
 Dimension letters as in `attention.py`; C is a layer's capacity.
 """
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +16,15 @@ from cabochon.model.visibility import NOTHING, Visibility
 
 
 class Cache(Protocol):
-    """What the model needs of a cache. `extend` once for each forward pass, then `attend` in each layer."""
+    """What the model needs of a cache: `extend` once for each forward pass, then `attend` in each layer.
+
+    What `extend` gives for local (True) and global layers is handed on to `attend` as `visible`.
+    """
 
     @property
     def length(self) -> int: ...
 
-    def extend(self, positions: Tensor) -> dict[bool, Visibility]: ...
+    def extend(self, positions: Tensor) -> Mapping[bool, Any]: ...
 
     def attend(
         self,
@@ -28,7 +32,7 @@ class Cache(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        visible: Visibility,
+        visible: Any,
         *,
         scale: float,
         softcap: float | None,
@@ -130,10 +134,8 @@ class KVCache:
         backend: str | None,
     ) -> Tensor:
         """Store k and v [B, K, T, H] of one layer and mix what its queries q [B, N, T, H] see: [B, N, T, H]."""
-        dtype = q.dtype
-        k, v = self.update(layer, k, v)
-        mixed = attention(q.to(k.dtype), k, v, visible, scale=scale, softcap=softcap, backend=backend)
-        return mixed.to(dtype)
+        k, v = (kept.to(q.dtype) for kept in self.update(layer, k, v))
+        return attention(q, k, v, visible, scale=scale, softcap=softcap, backend=backend)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [B, K, T, H] of one layer; returns all keys and values that its queries may see."""

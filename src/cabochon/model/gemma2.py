@@ -6,6 +6,8 @@ Dimension letters: B batch, T positions, D hidden size, N query heads, K key-val
 F feed-forward size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
@@ -57,7 +59,7 @@ class Gemma2(nn.Module):
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
-        visible = self._visibility(positions, documents) if cache is None else cache.extend(positions)
+        visible: Any = self._visibility(positions, documents) if cache is None else cache.extend(positions)
         rotation = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embedding(ids) * self._embedding_scale()
         for i, block in enumerate(self.layers):
@@ -108,7 +110,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        visible: Visibility,
+        visible: Any,  # a Visibility, or what the cache's `extend` gave for this kind of layer
         cache: Cache | None,
         backend: str | None,
     ) -> Tensor:
@@ -138,7 +140,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        visible: Visibility,
+        visible: Any,  # a Visibility, or what the cache's `extend` gave for this kind of layer
         cache: Cache | None,
         backend: str | None,
     ) -> Tensor:

@@ -46,7 +46,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = ids["<bos>"], ids["<eos>"]
         self.pad_id = ids.get("<pad>", self.eos_id)
         self.start_of_turn_id, self.end_of_turn_id = ids.get("<start_of_turn>"), ids.get("<end_of_turn>")
-        self.stop_ids = frozenset({self.eos_id, self.end_of_turn_id} - {None})
+        self.stop_ids = frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
         control = {piece: i for piece, i in ids.items() if _is_control(piece, i in backend.special)}
         self.control_ids = frozenset(control.values())
         self._forbidden = self.control_ids - {ids.get("<unk>")}

@@ -1,12 +1,8 @@
-"""A language model as a user sees it: text in, text out, with the tokenizer and the weights behind one name.
+"""A model and its tokenizer behind one name: what the command line, the server and Python programs call."""
 
-lm = cabochon.load()                  # the model that ships inside; or a folder, or a Hub id
-lm.generate("The capital of France is").text
-"""
-
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +10,18 @@ import torch
 from torch import Tensor
 
 from cabochon.base.errors import BadInput, MissingResource, UsageError
-from cabochon.generate.plain import PlainLoop, Sampled
-from cabochon.generate.sampling import SamplingParams, TokenLogprob
+from cabochon.generate.engine import Engine, EngineConfig
+from cabochon.generate.sampling import SamplingParams
+from cabochon.generate.speculate import Speculator
+from cabochon.lm.answers import Answers, Completion, Stream, sampling_params
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
 from cabochon.model.head import logit_chunks
 from cabochon.text.chat import Message, encode_chat
-from cabochon.text.detokenize import StreamDecoder
-from cabochon.text.tokenizer import Tokenizer, load_tokenizer
-from cabochon.weights.folder import load_model, save_model
-from cabochon.weights.hub import resolve
+from cabochon.text.tokenizer import Tokenizer
+from cabochon.weights.save import save_model
 
 Prompt = str | Sequence[int]  # text, or token ids used as they are
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens in and out, and seconds from the call to the first and to the last token."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    first_token_seconds: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One answer. `finish_reason` is "stop" (the model or a stop string ended it) or "length"."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None
-    finish_reason: str
-    usage: Usage
 
 
 @dataclass(frozen=True)
@@ -58,28 +33,21 @@ class Score:
     tokens: int
 
 
-class Stream(Iterator[str]):
-    """Pieces of one answer as they come; whole characters only. `completion` is there after the last."""
-
-    def __init__(self, answers: "_Answers") -> None:
-        self._answers = answers
-        self._pieces = (piece for _, piece in answers.run())
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def completion(self) -> Completion:
-        """The answer so far, as it would be had it ended here."""
-        return self._answers.completion(0)
-
-
 @dataclass
 class LM:
     """A model and, unless its folder has none, a tokenizer. Made by `load`."""
 
     model: Gemma2
     tokenizer: Tokenizer | None = None
+    engine_config: EngineConfig = field(default_factory=EngineConfig)
+    speculator: Speculator | None = None
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What answers, several requests side by side. After a change of weights call its `weights_changed`."""
+        ours = self.tokenizer.stop_ids if self.tokenizer else frozenset()
+        stop_ids = frozenset(self.config.eos_ids) | ours
+        return Engine(self.model, stop_ids, self.engine_config, self.speculator)
 
     @property
     def config(self) -> Gemma2Config:
@@ -108,7 +76,7 @@ class LM:
         params = sampling_params(**sampling)
         several = not isinstance(prompt, str) and not all(isinstance(p, int) for p in prompt)
         prompts: Sequence[Any] = prompt if several else [prompt]
-        answers = _Answers(self, [self._encode(p) for p in prompts], params)
+        answers = self._answers([self._encode(p) for p in prompts], params)
         for _ in answers.run():
             pass
         completions = [answers.completion(i) for i in range(len(prompts) * params.n)]
@@ -140,7 +108,7 @@ class LM:
         if ids.ndim != 2 or 0 in ids.shape:
             raise BadInput("no logits", f"token ids of shape {list(ids.shape)} are not [batch, seq]", "pass two axes")
         self._check_ids(ids.flatten().tolist(), ids.shape[1])
-        out: Tensor = self.model(ids.to(self._device))
+        out: Tensor = self.model(ids.to(self.model.device))
         return out
 
     @torch.inference_mode()
@@ -156,7 +124,7 @@ class LM:
         if not continuation or start >= len(whole):
             raise BadInput("nothing to score", "the continuation adds no token to the prompt", "pass some text")
         self._check_ids(whole, len(whole))
-        ids = torch.tensor(whole, device=self._device)
+        ids = torch.tensor(whole, device=self.model.device)
         hidden = self.model.hidden(ids[None, :-1])[0, start - 1 :]
         total, greedy, position = 0.0, True, start
         for logits in logit_chunks(self.model.head, hidden, self.config.vocab_size):
@@ -190,16 +158,16 @@ class LM:
             )
         return self.tokenizer
 
-    @property
-    def _device(self) -> torch.device:
-        return self.model.device
-
     def _stream(self, ids: list[int], sampling: dict[str, Any]) -> Stream:
         params = sampling_params(**sampling)
         if params.n != 1:
             raise UsageError(f"a stream cannot have n={params.n}", "it is one answer", "use n=1, or generate()")
         self._check_ids(ids, len(ids) + 1)
-        return Stream(_Answers(self, [ids], params))
+        return Stream(self._answers([ids], params))
+
+    def _answers(self, prompts: Sequence[list[int]], params: SamplingParams) -> Answers:
+        tokenizer = self.text_tokenizer if params.stop else self.tokenizer
+        return Answers(self.engine, tokenizer, prompts, params)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         empty = not prompt.strip() if isinstance(prompt, str) else not len(prompt)
@@ -223,126 +191,3 @@ class LM:
                 f"it needs {length} tokens with one for the answer; the context has {self.context_length}",
                 "shorten the prompt, or split it",
             )
-
-
-def load(
-    model: str | Path | None = None,
-    *,
-    dtype: str | torch.dtype | None = None,
-    device: str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    offline: bool = False,
-    softcap: bool = True,
-) -> LM:
-    """Load a model for use.
-
-    Args:
-        model: a folder, a Hub id such as "google/gemma-2-9b-it", or None for the model that ships inside.
-        dtype: "bfloat16" or "float32"; None keeps what the folder stores.
-        device: "cpu", "cuda", "cuda:1"; None takes a GPU when there is one.
-        revision, token, offline: for the Hub: a branch, tag or commit; an access token; use only what is here.
-        softcap: False leaves the soft cap on attention scores out, which is faster in places and another
-            model than the one that was trained: an explicit choice, for inference only.
-
-    Raises:
-        BadInput, MissingResource: the folder or the Hub cannot give a whole, sound model.
-    """
-    folder = resolve(model, revision=revision, token=token, offline=offline)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    net = load_model(folder, dtype=_dtype(dtype), device=where, softcap=softcap).eval()
-    try:
-        tokenizer = load_tokenizer(folder)
-    except MissingResource:  # only text calls need one
-        return LM(net)
-    tokenizer.check_fits(net.config.vocab_size)
-    return LM(net, tokenizer)
-
-
-def sampling_params(**sampling: Any) -> SamplingParams:
-    """`SamplingParams` from keywords, with an error that names the nearest field for an unknown one."""
-    from dataclasses import fields
-
-    from cabochon.base.errors import nearest
-
-    names = [f.name for f in fields(SamplingParams)]
-    for name in sampling:
-        if name not in names:
-            close = nearest(name, names)
-            raise UsageError(
-                f"no sampling setting named {name!r}",
-                f"there are {', '.join(names)}",
-                f"did you mean {close!r}?" if close else "use one of these",
-            )
-    if isinstance(sampling.get("stop"), list):
-        sampling["stop"] = tuple(sampling["stop"])
-    elif isinstance(sampling.get("stop"), str):
-        sampling["stop"] = (sampling["stop"],)
-    return SamplingParams(**{"max_new_tokens": 256, **sampling})
-
-
-def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    known = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-    if name is None or isinstance(name, torch.dtype):
-        return name
-    if name not in known:
-        raise UsageError(f"no dtype named {name!r}", "weights are bfloat16 or float32", "use one of these")
-    return known[name]
-
-
-@dataclass
-class _Answer:
-    prompt_tokens: int
-    decoder: StreamDecoder | None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    finish_reason: str = "length"
-    first: float = 0.0
-    seconds: float = 0.0
-
-
-class _Answers:
-    """Drives the token loop and turns ids into text, row by row."""
-
-    def __init__(self, lm: LM, prompts: list[list[int]], params: SamplingParams) -> None:
-        self._params, self._started = params, time.perf_counter()
-        tokenizer = lm.tokenizer if lm.tokenizer or not params.stop else lm.text_tokenizer
-        stop_ids = frozenset(lm.config.eos_ids) | (tokenizer.stop_ids if tokenizer else frozenset())
-        self._loop = PlainLoop(lm.model, prompts, [params] * len(prompts), stop_ids)
-        self._rows = [
-            _Answer(len(prompt), StreamDecoder(tokenizer, params.stop) if tokenizer else None)
-            for prompt in prompts
-            for _ in range(params.n)
-        ]
-
-    def run(self) -> Iterator[tuple[int, str]]:
-        """Pieces of text with their row's number, in the order they are ready."""
-        while self._loop.live:
-            for sampled in self._loop.step():
-                piece = self._take(self._rows[sampled.row], sampled)
-                if piece:
-                    yield sampled.row, piece
-
-    def _take(self, row: _Answer, sampled: Sampled) -> str:
-        row.seconds = time.perf_counter() - self._started
-        row.first = row.first or row.seconds
-        row.token_ids.append(sampled.token)
-        if sampled.logprob:
-            row.logprobs.append(sampled.logprob)
-        piece = row.decoder.push(sampled.token) if row.decoder and sampled.last != "stop" else ""
-        if sampled.last and row.decoder:
-            piece += row.decoder.finish()
-        if row.decoder and row.decoder.stopped:
-            self._loop.stop([sampled.row])
-            row.finish_reason = "stop"
-        elif sampled.last:
-            row.finish_reason = sampled.last
-        row.pieces.append(piece)
-        return piece
-
-    def completion(self, number: int) -> Completion:
-        row = self._rows[number]
-        usage = Usage(row.prompt_tokens, len(row.token_ids), row.first, row.seconds)
-        logprobs = None if self._params.logprobs is None else row.logprobs
-        return Completion("".join(row.pieces), row.token_ids, logprobs, row.finish_reason, usage)

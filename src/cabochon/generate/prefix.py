@@ -1,0 +1,134 @@
+"""The memory of earlier prompts and answers: what a new request shares with one of them is not computed again.
+
+A tree whose nodes are pages of up to 32 tokens; a path from the root is a text that was once processed. Nodes hold
+their pages beside the sequences that use them, and are forgotten, least recently used first, when pages are needed.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cabochon.model.paged import LET_GO, PAGE, OutOfPages, PagedSequence, PagePool
+
+
+@dataclass(eq=False)
+class _Node:
+    tokens: tuple[int, ...]  # fewer than a page: the end of a text
+    pages: dict[bool, int]  # global (False), and local (True) unless its window had passed
+    parent: "_Node | None"
+    children: dict[tuple[int, ...], "_Node"] = field(default_factory=dict)
+
+
+class PrefixMemory:
+    """Finds the longest known beginning of a prompt."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self._root = _Node((), {}, None)
+        self._order: OrderedDict[int, _Node] = OrderedDict()  # by id, least recently used first
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def recall(self, prompt: Sequence[int]) -> PagedSequence:
+        """A sequence that begins with all that is known of a prompt, its last token excepted (its logits are needed).
+
+        Raises `OutOfPages` when the end of a page has to be copied and none is free.
+        """
+        path = self._known(prompt[:-1])
+        sequence = PagedSequence(self.pool)
+        try:
+            for node, used in path:
+                self._order.move_to_end(id(node))
+                own = used < PAGE  # what comes next is written behind it: on a copy
+                for local, pages in sequence.blocks.items():
+                    page = node.pages[local]
+                    if page == LET_GO:
+                        pages.append(LET_GO)
+                    else:
+                        pages.append(self.copy(page) if own else self.pool.share(page))
+                sequence.length += used
+        except OutOfPages:
+            sequence.close()
+            raise
+        return sequence
+
+    def copy(self, page: int) -> int:
+        """A copy of a page; forgets old nodes if none is free. The source may be forgotten on the way, not lost."""
+        self.pool.share(page)
+        try:
+            if not self.pool.free:
+                self.forget(1)
+            return self.pool.copy(page)
+        finally:
+            self.pool.give(page)
+
+    def remember(self, tokens: Sequence[int], sequence: PagedSequence, *, whole: bool) -> None:
+        """Note what a sequence holds: full pages, and with `whole` the begun last one too (it writes no more)."""
+        node = self._root
+        end = sequence.length if whole else sequence.length // PAGE * PAGE
+        for start in range(0, end, PAGE):
+            part = tuple(tokens[start : min(start + PAGE, end)])
+            child = node.children.get(part)
+            if child is None:
+                child = node.children[part] = _Node(part, {True: LET_GO, False: LET_GO}, node)
+                self._order[id(child)] = child
+            self._order.move_to_end(id(child))
+            for local, held in sequence.blocks.items():
+                page = held[start // PAGE]
+                if child.pages[local] == LET_GO and page != LET_GO:
+                    child.pages[local] = self.pool.share(page)
+            node = child
+
+    def forget(self, pages: int) -> None:
+        """Drop the oldest nodes without children until so many pages are free, or nothing is left to drop."""
+        while self.pool.free < pages:
+            leaf = next((node for node in self._order.values() if not node.children), None)
+            if leaf is None:
+                return
+            self._drop(leaf)
+
+    def clear(self) -> None:
+        """Forget everything: the weights have changed, or the memory is wanted."""
+        for node in list(self._order.values())[::-1]:
+            if not node.children:
+                self._drop(node)
+        if self._order:
+            self.clear()
+
+    def _drop(self, node: _Node) -> None:
+        assert node.parent is not None
+        del node.parent.children[node.tokens], self._order[id(node)]
+        for page in node.pages.values():
+            if page != LET_GO:
+                self.pool.give(page)
+
+    def _known(self, tokens: Sequence[int]) -> list[tuple[_Node, int]]:
+        """Nodes from the root on and how many tokens of each agree; only as far as the window's pages are there."""
+        path: list[tuple[_Node, int]] = []
+        node, start = self._root, 0
+        while start < len(tokens):
+            wanted = tuple(tokens[start : start + PAGE])
+            exact = node.children.get(wanted)
+            near = [exact] if exact else node.children.values()
+            found = [(child, _agreement(child.tokens, wanted)) for child in near]
+            child, used = max(found, key=lambda item: item[1], default=(node, 0))
+            if not used:
+                break
+            path.append((child, used))
+            node, start = child, start + used
+            if used < PAGE:
+                break
+        while path and not self._window_is_there(path):
+            path.pop()
+        return path
+
+    def _window_is_there(self, path: list[tuple[_Node, int]]) -> bool:
+        length = sum(used for _, used in path)
+        first = max(0, length - self.pool.config.sliding_window + 1) // PAGE
+        return all(node.pages[True] != LET_GO for node, _ in path[first:])
+
+
+def _agreement(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts have in common from their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,248 @@
+"""Keys and values in pages of 32 positions that sequences of any length share: the cache of the engine.
+
+A page belongs to one block of positions of one sequence, for all local layers or for all global layers. Both kinds are
+of one size, since a model has as many layers of the one as of the other (or one more), so one pool serves both. A
+sequence lets the local pages go that its window has passed; global pages it keeps. Pages are counted, so that several
+sequences, and the memory of old prompts (`generate/prefix.py`), may hold the same one.
+
+Dimension letters: T tokens of a step, N query heads, K key-value heads, H head size, P positions of a page.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cabochon.model.attention import attention
+from cabochon.model.config import Gemma2Config
+from cabochon.model.kernels.attend import attend_pages
+from cabochon.model.visibility import NOTHING, Visibility
+
+PAGE = 32
+LET_GO = -1  # in place of a page number: its positions have left the window
+FEW = 8  # tokens of a sequence in one step up to which single queries are faster than blocks
+
+
+class OutOfPages(Exception):
+    """Every page is held by a sequence; somebody has to wait or to give way. Never reaches a user."""
+
+
+class PagePool:
+    """The memory of all pages, and who holds which.
+
+    Args:
+        pages: how many there are; `page_bytes` tells what one takes. Untouched pages of a CPU pool cost nothing.
+    """
+
+    def __init__(
+        self, config: Gemma2Config, pages: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.config, self.pages = config, pages
+        shape = (pages, config.num_kv_heads, PAGE, config.head_dim)
+        slots = range((config.num_layers + 1) // 2)  # layer 2i lies in local pages at slot i, 2i + 1 in global ones
+        # Zeros and not whatever is there: a masked value still takes part, with a weight of 0, and 0 * nan is nan.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in slots]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in slots]
+        self.holders: Counter[int] = Counter()
+        self._free = list(range(pages))[::-1]
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A page for one holder. Raises `OutOfPages`."""
+        if not self._free:
+            raise OutOfPages
+        page = self._free.pop()
+        self.holders[page] = 1
+        return page
+
+    def share(self, page: int) -> int:
+        """One more holder for a page."""
+        self.holders[page] += 1
+        return page
+
+    def give(self, page: int) -> None:
+        """One holder less; the last one frees the page."""
+        self.holders[page] -= 1
+        if not self.holders[page]:
+            del self.holders[page]
+            self._free.append(page)
+
+    def copy(self, source: int) -> int:
+        """A page of one's own with the same content. Raises `OutOfPages`."""
+        page = self.take()
+        for memory in (*self.keys, *self.values):
+            memory[page] = memory[source]
+        return page
+
+
+def page_bytes(config: Gemma2Config, dtype: torch.dtype) -> int:
+    """Bytes of one page."""
+    slots = (config.num_layers + 1) // 2
+    return slots * 2 * config.num_kv_heads * PAGE * config.head_dim * dtype.itemsize
+
+
+def pages_for(config: Gemma2Config, length: int) -> int:
+    """The most pages that a sequence of this many positions holds at once."""
+    blocks = -(-length // PAGE)
+    return blocks + min(blocks, config.sliding_window // PAGE + 3)
+
+
+@dataclass
+class PagedSequence:
+    """What one sequence holds: a page for each block of positions, of either kind (local True, global False)."""
+
+    pool: PagePool
+    length: int = 0  # positions whose keys and values are there
+    blocks: dict[bool, list[int]] = field(default_factory=lambda: {True: [], False: []})
+
+    def reserve(self, length: int) -> None:
+        """Take pages for all positions below `length`. Raises `OutOfPages`; what was taken by then is kept."""
+        for pages in self.blocks.values():
+            while len(pages) * PAGE < length:
+                pages.append(self.pool.take())
+
+    def advance(self, length: int) -> None:
+        """The first `length` positions are there and hold; what lies beyond, or behind the window, is let go."""
+        self.length = length
+        for pages in self.blocks.values():
+            for page in pages[-(-length // PAGE) :]:
+                self.pool.give(page)
+            del pages[-(-length // PAGE) :]
+        # One page more than the window is kept, so that a few guessed tokens can still be taken back.
+        local, passed = self.blocks[True], length - self.pool.config.sliding_window - PAGE
+        for block in range(passed // PAGE if passed > 0 else 0):
+            if local[block] != LET_GO:
+                self.pool.give(local[block])
+                local[block] = LET_GO
+
+    def close(self) -> None:
+        """Let everything go."""
+        for pages in self.blocks.values():
+            for page in pages:
+                if page != LET_GO:
+                    self.pool.give(page)
+            pages.clear()
+        self.length = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` new tokens of a sequence, whose pages have been reserved, from position `start` on."""
+
+    sequence: PagedSequence
+    start: int
+    count: int
+
+
+class PagedBatch:
+    """The cache of one forward pass over ids [1, T]: the tokens of several sequences one after the other."""
+
+    def __init__(self, pool: PagePool, segments: Sequence[Segment]) -> None:
+        self.pool, self.segments = pool, list(segments)
+        self.length = 0
+        device = pool.keys[0].device
+        positions = [p for s in self.segments for p in range(s.start, s.start + s.count)]
+        self.positions = torch.tensor([positions], device=device)
+        self._offsets = self.positions[0] % PAGE
+        self._sights = {local: _Sight(self, local) for local in (True, False)}
+
+    def extend(self, positions: Tensor) -> dict[bool, "_Sight"]:
+        """What the new queries of either kind of layer see; positions are those given by the segments."""
+        return self._sights
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Any,
+        *,
+        scale: float,
+        softcap: float | None,
+        backend: str | None,
+    ) -> Tensor:
+        """Store k and v [1, K, T, H] and mix for q [1, N, T, H] what each query's own sequence holds."""
+        keys, values = self.pool.keys[layer // 2], self.pool.values[layer // 2]
+        keys[visible.written, :, self._offsets] = k[0].transpose(0, 1).to(keys.dtype)
+        values[visible.written, :, self._offsets] = v[0].transpose(0, 1).to(values.dtype)
+        rows = q[0].transpose(0, 1).contiguous()  # [T, N, H]
+        settings: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        single = None
+        if visible.singles is not None:
+            single = attend_pages(
+                rows[: visible.num_single], keys, values, visible.singles, self.positions[0, : visible.num_single],
+                window=visible.window, **settings,
+            )  # fmt: skip
+        mixed = [] if single is None else [single]
+        for part, pages, seen in visible.blocks if single is not None else visible.all_blocks:
+            mixed.append(_attend_block(rows[part], keys[pages], values[pages], seen, backend=backend, **settings))
+        return torch.cat(mixed)[None].transpose(1, 2)
+
+
+class _Sight:
+    """Where one kind of layer finds and puts its keys: worked out once a step and used in every such layer.
+
+    Segments of few tokens come first in a batch, so `singles` covers the first `num_single` tokens.
+    """
+
+    def __init__(self, batch: PagedBatch, local: bool) -> None:
+        self.batch, self.local = batch, local
+        self.window = batch.pool.config.sliding_window if local else None
+        device = batch.positions.device
+        pages = [s.sequence.blocks[local][p // PAGE] for s in batch.segments for p in range(s.start, s.start + s.count)]
+        self.written = torch.tensor(pages, device=device)
+        few = [s for s in batch.segments if s.count <= FEW]
+        assert few == batch.segments[: len(few)], "segments of few tokens come first"
+        self.num_single, self._few = sum(s.count for s in few), len(few)
+        self.singles: Tensor | None = None
+        if few:
+            widest = max(len(s.sequence.blocks[local]) for s in few)
+            table = [s.sequence.blocks[local] + [LET_GO] * (widest - len(s.sequence.blocks[local])) for s in few]
+            counts = torch.tensor([s.count for s in few])
+            self.singles = torch.tensor(table, dtype=torch.int32).repeat_interleave(counts, dim=0)
+
+    @cached_property
+    def blocks(self) -> list[tuple[slice, Tensor, Visibility]]:
+        """For each segment of many tokens: its place in the batch, its pages, and who sees whom."""
+        return self.all_blocks[self._few :]
+
+    @cached_property
+    def all_blocks(self) -> list[tuple[slice, Tensor, Visibility]]:
+        """The same for every segment: without the kernel."""
+        found, place = [], 0
+        device = self.batch.positions.device
+        for s in self.batch.segments:
+            part, place = slice(place, place + s.count), place + s.count
+            first = max(0, s.start - self.window + 1) // PAGE if self.window else 0
+            last = -(-(s.start + s.count) // PAGE)
+            pages = torch.tensor(s.sequence.blocks[self.local][first:last], device=device)
+            keys = torch.arange(first * PAGE, last * PAGE, device=device)
+            keys[keys >= s.start + s.count] = NOTHING  # the rest of the last page holds nothing yet
+            seen = Visibility(self.batch.positions[:, part], keys[None], self.window)
+            found.append((part, pages, seen))
+        return found
+
+
+def _attend_block(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Visibility,
+    *,
+    scale: float,
+    softcap: float | None,
+    backend: str | None,
+) -> Tensor:
+    """q [T, N, H] over gathered pages [blocks, K, P, H]: [T, N, H]."""
+    k, v = (pages.transpose(0, 1).flatten(1, 2)[None].to(q.dtype) for pages in (keys, values))
+    mixed = attention(q.transpose(0, 1)[None], k, v, seen, scale=scale, softcap=softcap, backend=backend)
+    return mixed[0].transpose(0, 1)
