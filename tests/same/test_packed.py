@@ -1,6 +1,7 @@
 """Packed documents answer as they do alone, in a row of their own."""
 
 import torch
+
 from support import SMALL, random_ids, relative_error, small_model
 
 

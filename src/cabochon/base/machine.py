@@ -48,7 +48,7 @@ def inspect() -> Machine:
         free_memory=free,
         gpus=gpus,
         gpu_memory=torch.cuda.get_device_properties(0).total_memory if gpus else 0,
-        read_bandwidth=_read_bandwidth("cuda" if gpus else "cpu"),
+        read_bandwidth=read_bandwidth("cuda" if gpus else "cpu"),
     )
 
 
@@ -106,7 +106,7 @@ def _sysctl(name: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _read_bandwidth(device: str) -> float:
+def read_bandwidth(device: str) -> float:
     """Bytes per second of the best of five reductions over 512 MiB, more than any cache holds."""
     import torch
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "list": ("cabochon.cli.models:list_models", "", "List the models on this machine."),
     "show": ("cabochon.cli.show:show", "[MODEL]", "Describe a model without loading its weights."),
     "doctor": ("cabochon.cli.doctor:doctor", "", "Check what this machine can run, and that it is exact."),
+    "bench": ("cabochon.cli.bench:bench", "[MODEL]", "Measure how fast a model runs on this machine."),
     "init": ("cabochon.cli.init:init", "--preset SIZE --out FOLDER", "Make a model with random weights."),
 }
 

@@ -5,13 +5,14 @@ import random
 
 import pytest
 import torch
+
 from cabochon.base.errors import MissingResource, UsageError
 from cabochon.generate.engine import Engine, EngineConfig
 from cabochon.generate.plain import PlainLoop
 from cabochon.generate.sampling import SamplingParams
 from cabochon.generate.speculate import DraftModel, PromptLookup
 from cabochon.model.gemma2 import Gemma2
-from cabochon.model.paged import PAGE, page_bytes, pages_for
+from cabochon.model.paged import page_bytes, pages_for
 from support import SMALL, small_model
 
 # The head size is one that the kernel takes; the window is shorter than the prompts and no multiple of a page.
