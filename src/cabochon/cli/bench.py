@@ -39,7 +39,12 @@ def bench(
 
     Example: cabochon init --preset 2b --out random-2b && cabochon bench random-2b
     """
-    for name, value in {"prompt": prompt, "tokens": tokens, "rounds": rounds, "streams": min(streams, default=0)}.items():
+    for name, value in {
+        "prompt": prompt,
+        "tokens": tokens,
+        "rounds": rounds,
+        "streams": min(streams, default=0),
+    }.items():
         if value < 1:
             raise UsageError(f"--{name} cannot be {value}", "it has to be at least 1", f"change --{name}")
     started = time.perf_counter()
@@ -70,7 +75,9 @@ def _print(name: str, loading: float, m: "Measured") -> None:
     ]
     for d in m.decode:
         label = "1 stream" if d.streams == 1 else f"{d.streams} streams"
-        rows.append((f"decode, {label}", f"{d.tokens_per_second:,.1f} tokens/s", f"{d.share_of_bandwidth:.0%} of memory"))
+        rows.append(
+            (f"decode, {label}", f"{d.tokens_per_second:,.1f} tokens/s", f"{d.share_of_bandwidth:.0%} of memory")
+        )
     rows.append(("weights", f"{m.weights_bytes / GIB:.2f} GiB", ""))
     rows.append(("peak memory", f"{m.peak_memory / GIB:.2f} GiB", "of the whole process"))
     rows.append(("bandwidth", f"{m.bandwidth / 1e9:.0f} GB/s", f"{m.threads} threads"))

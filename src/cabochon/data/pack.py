@@ -62,6 +62,14 @@ def pack(examples: Iterable[Example], rows: int, length: int, *, split: bool) ->
             del finished[:rows]
 
 
+def stack(first: Batch, second: Batch) -> Batch:
+    """The rows of two batches of one length, one below the other."""
+    pairs = zip(
+        (first.ids, first.targets, first.documents), (second.ids, second.targets, second.documents), strict=True
+    )
+    return Batch(*(torch.cat(pair) for pair in pairs))
+
+
 def _shifted(example: Example) -> list[tuple[int, int]]:
     """(input, target) pairs: each id with the one that follows it."""
     following = zip(example.ids[1:], example.learned[1:], strict=True)

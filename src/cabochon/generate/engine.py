@@ -11,18 +11,19 @@ The engine speaks token ids. Text, stop strings and time belong to the caller.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from cabochon.base.errors import MissingResource, UsageError
+from cabochon.base.errors import CabochonError, MissingResource, UsageError
 from cabochon.base.machine import free_memory
-from cabochon.generate.prefix import PrefixMemory
+from cabochon.generate.prefix import PrefixMemory, agreement
 from cabochon.generate.request import Matcher, Request, Sampled
 from cabochon.generate.sampling import SamplingParams, adjust, describe, generator
 from cabochon.generate.speculate import Draft, Speculator, accept
 from cabochon.model.gemma2 import Gemma2
-from cabochon.model.paged import OutOfPages, PagedBatch, PagePool, Segment, page_bytes, pages_for
+from cabochon.model.paged import PAGE, OutOfPages, PagedBatch, PagedSequence, PagePool, Segment, page_bytes, pages_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,20 @@ class EngineConfig:
     max_requests: int = 64  # side by side; the others wait
     chunk: int = 512  # tokens of prompts read in a step when nobody is waiting for the next token
     busy_chunk: int = 64  # the same while others are being answered: how long they may be held up
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one request has computed in a step: tokens of its own, and then those of the draft."""
+
+    request: Request
+    sequence: PagedSequence
+    own: list[int]
+    draft: Draft
+
+    @property
+    def count(self) -> int:
+        return len(self.own) + len(self.draft.tokens)
 
 
 class Engine:
@@ -106,21 +121,18 @@ class Engine:
     def step(self) -> list[Sampled]:
         """One forward pass and the tokens that came out of it, noted with their requests as well."""
         self._admit()
-        planned = self._plan()
-        if not planned:
+        works = self._plan()
+        if not works:
             return []
-        logits = self._forward(planned)
         sampled: list[Sampled] = []
-        for (request, tokens, draft), rows in zip(planned, logits, strict=True):
-            assert request.sequence is not None
-            end = request.sequence.length + len(tokens)
-            if rows is None:  # the prompt goes on
-                request.sequence.advance(end)
+        for work, logits in zip(works, self._forward(works), strict=True):
+            if logits is None:  # the prompt goes on
+                work.sequence.advance(work.sequence.length + work.count)
             else:
-                sampled += self._take(request, rows, draft)
-            self._remember(request)
-            if request.done:
-                self._end(request)
+                sampled += self._take(work, logits)
+            self._remember(work.request)
+            if work.request.done:
+                self._end(work.request)
         return sampled
 
     def _admit(self) -> None:
@@ -134,28 +146,34 @@ class Engine:
             needed = pages_for(self.model.config, request.length + 1)
             needed -= sum(map(len, request.sequence.blocks.values()))
             self.prefixes.forget(needed)
-            if self.pool.free < needed and self.active:
+            full = self.pool.free < needed and bool(self.active)
+            if full or self._is_being_read(request, request.sequence.length):
                 request.sequence.close()
                 request.sequence = None
                 return
             request.reused = request.sequence.length
             self.active.append(self.waiting.popleft())
 
-    def _plan(self) -> list[tuple[Request, list[int], Draft]]:
+    def _is_being_read(self, request: Request, known: int) -> bool:
+        """Whether another request reads a beginning that this one could have without computing it, a little later."""
+        reading = (r.prompt for r in self.active if r.missing > 1)
+        return any(agreement(prompt, request.prompt) >= known + PAGE for prompt in reading)
+
+    def _plan(self) -> list[_Work]:
         """What each request has computed in this step, few tokens before many; pages for all of it are reserved."""
         answering = [r for r in self.active if r.missing == 1]
-        planned = [(r, r.tokens[-1:], self._draft(r)) for r in answering]
+        planned = [(r, (r.generated or r.prompt)[-1:], self._draft(r)) for r in answering]
         room = self.config.busy_chunk if answering else self.config.chunk
-        for request in [r for r in self.active if r.missing > 1]:
-            assert request.sequence is not None
-            tokens = request.tokens[request.sequence.length :][: max(0, room)]
-            room -= len(tokens)
-            if tokens:
+        for request in self.active:
+            if request.missing > 1 and room:
+                tokens = request.tokens[-request.missing :][:room]
+                room -= len(tokens)
                 planned.append((request, tokens, Draft()))
-        planned = [(r, [*tokens, *draft.tokens], draft) for r, tokens, draft in planned]
-        reserved = [p for p in planned if self._reserve(p[0], len(p[1]))]
-        kept = [p for p in reserved if p[0].sequence is not None]  # a later one may have cost an earlier one its pages
-        return sorted(kept, key=lambda p: len(p[1]))
+        for request, tokens, draft in planned:
+            self._reserve(request, len(tokens) + len(draft.tokens))
+        # Reserving for one may have cost another its pages.
+        works = [_Work(r, r.sequence, tokens, draft) for r, tokens, draft in planned if r.sequence is not None]
+        return sorted(works, key=lambda work: work.count)
 
     def _draft(self, request: Request) -> Draft:
         left = request.limit - len(request.generated) - 1  # one comes without guessing
@@ -163,17 +181,16 @@ class Engine:
             return Draft()
         return self.speculator.propose(request, left)
 
-    def _reserve(self, request: Request, count: int) -> bool:
+    def _reserve(self, request: Request, count: int) -> None:
         """Pages for the next tokens of a request, at the cost of old prompts and then of the youngest requests."""
         while request.sequence is not None:
             try:
                 request.sequence.reserve(request.sequence.length + count)
-                return True
+                return
             except OutOfPages:
                 self.prefixes.forget(1)
                 if not self.pool.free:
                     self._postpone(self.active[-1])
-        return False
 
     def _postpone(self, request: Request) -> None:
         """Take a request's pages away; it goes on later as if its answer so far were part of its prompt."""
@@ -181,30 +198,30 @@ class Engine:
         self._release(request)
         self.waiting.appendleft(request)
 
-    def _forward(self, planned: list[tuple[Request, list[int], Draft]]) -> list[Tensor | None]:
+    def _forward(self, works: list[_Work]) -> list[Tensor | None]:
         """Logits float32 [rows, V] behind the tokens that need them: none while a prompt is being read."""
-        planned_ = [(r.sequence, tokens) for r, tokens, _ in planned if r.sequence is not None]
-        segments = [Segment(sequence, sequence.length, len(tokens)) for sequence, tokens in planned_]
-        batch = PagedBatch(self.pool, segments)
-        ids = torch.tensor([[token for _, tokens in planned_ for token in tokens]], device=self.model.device)
+        batch = PagedBatch(self.pool, [Segment(w.sequence, w.sequence.length, w.count) for w in works])
+        ids = torch.tensor([[i for w in works for i in (*w.own, *w.draft.tokens)]], device=self.model.device)
         hidden = self.model.hidden(ids, batch.positions, cache=batch)[0]
-        wanted: list[list[int]] = []
-        place = 0
-        for request, tokens, draft in planned:
-            place += len(tokens)
-            reads_on = len(tokens) - len(draft.tokens) < request.missing
-            wanted.append([] if reads_on else list(range(place - len(draft.tokens) - 1, place)))
+        ends = accumulate(w.count for w in works)
+        wanted = [
+            [] if len(w.own) < w.request.missing else list(range(end - len(w.draft.tokens) - 1, end))
+            for w, end in zip(works, ends, strict=True)
+        ]
         rows = [row for group in wanted for row in group]
-        logits = self.model.head(hidden[rows]) if rows else hidden
-        parts = iter(logits.split([len(group) for group in wanted if group])) if rows else iter(())
+        parts = iter(self.model.head(hidden[rows]).split([len(group) for group in wanted if group]) if rows else ())
         return [next(parts) if group else None for group in wanted]
 
-    def _take(self, request: Request, logits: Tensor, draft: Draft) -> list[Sampled]:
-        """The tokens that a request gains from its logits: one, and those of the draft that stand."""
-        assert request.sequence is not None
-        start, sampled = request.length, []
-        for i, row in enumerate(logits):
-            token, stands = self._sample(request, row, draft, i)
+    def _take(self, work: _Work, logits: Tensor) -> list[Sampled]:
+        """The tokens that a request gains from its logits [rows, V]: one, and those of the draft that stand."""
+        request, start = work.request, work.request.length
+        sampled: list[Sampled] = []
+        for place, row in enumerate(logits):
+            try:
+                token, stands = self._sample(request, row, work.draft, place)
+            except CabochonError as error:  # a grammar that leads nowhere: the others go on
+                request.failure, request.done = error, True
+                break
             request.generated.append(token)
             logprob = None if request.params.logprobs is None else describe(row, token, request.params.logprobs)
             last = "length" if len(request.generated) >= request.limit else None
@@ -213,7 +230,7 @@ class Engine:
             request.done = last is not None
             if request.done or not stands:
                 break
-        request.sequence.advance(start + len(sampled) - 1)
+        work.sequence.advance(max(start, start + len(sampled) - 1))
         request.events.extend(sampled)
         return sampled
 
@@ -228,9 +245,11 @@ class Engine:
         return token, stands
 
     def _remember(self, request: Request) -> None:
-        """Keep full pages for later prompts, and all of an answer that has ended."""
-        if request.sequence is not None:
-            self.prefixes.remember(request.tokens, request.sequence, whole=request.done)
+        """Keep pages that have become full for later prompts, and all of an answer that has ended."""
+        held = request.sequence
+        if held is not None and (request.done or held.length // PAGE > request.remembered):
+            self.prefixes.remember(request.tokens, held, whole=request.done)
+            request.remembered = held.length // PAGE
 
     def _end(self, request: Request) -> None:
         request.done = True
@@ -243,6 +262,6 @@ class Engine:
     def _release(self, request: Request) -> None:
         if request.sequence is not None:
             request.sequence.close()
-            request.sequence = None
+            request.sequence, request.remembered = None, 0
         if self.speculator:
             self.speculator.release(request)

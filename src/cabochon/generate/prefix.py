@@ -111,7 +111,7 @@ class PrefixMemory:
             wanted = tuple(tokens[start : start + PAGE])
             exact = node.children.get(wanted)
             near = [exact] if exact else node.children.values()
-            found = [(child, _agreement(child.tokens, wanted)) for child in near]
+            found = [(child, agreement(child.tokens, wanted)) for child in near]
             child, used = max(found, key=lambda item: item[1], default=(node, 0))
             if not used:
                 break
@@ -129,6 +129,6 @@ class PrefixMemory:
         return all(node.pages[True] != LET_GO for node, _ in path[first:])
 
 
-def _agreement(a: Sequence[int], b: Sequence[int]) -> int:
+def agreement(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two texts have in common from their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -44,6 +44,7 @@ class Request:
     events: deque[Sampled] = field(default_factory=deque)  # not yet taken by whoever asked
     sequence: PagedSequence | None = None  # None while it waits
     reused: int = 0  # tokens of the prompt that were known already
+    remembered: int = 0  # full pages that later prompts can find
     done: bool = False
     failure: Exception | None = None  # why it ended without an answer, where it did
 

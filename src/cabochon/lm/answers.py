@@ -104,6 +104,8 @@ class Answers:
             while live:
                 for number, row in live:
                     yield from ((number, piece) for piece in self._pieces(row) if piece)
+                    if row.request.failure:
+                        raise row.request.failure
                 live = [(number, row) for number, row in live if row.request.events or not row.request.done]
                 if live and not any(row.request.events for _, row in live):
                     self._engine.step()

@@ -53,9 +53,7 @@ def float_linear(x: Tensor, weight: Tensor) -> Tensor:
     if native is None:
         return linear(x, weight)
     out = x.new_empty(*x.shape[:-1], n)
-    native.cabochon_bf16_linear(
-        floats(x), ctypes.c_void_p(weight.data_ptr()), floats(out), *map(ctypes.c_int64, (rows, n, k))
-    )
+    native.cabochon_bf16_linear(floats(x), weight.data_ptr(), floats(out), rows, n, k)
     return out
 
 
@@ -165,14 +163,15 @@ class PackedWeight(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """x [..., K] times the transposed matrix: [..., N], in x's dtype."""
-        flat = pad(x.reshape(-1, self.columns), (0, self.padded - self.columns)).float().contiguous()
+        flat = x.reshape(-1, self.columns).float()
+        if self.padded > self.columns:
+            flat = pad(flat, (0, self.padded - self.columns))
         native = library()
         if native is None or x.device.type != "cpu":
             out = self._plain(flat)
         else:
-            out = torch.empty(len(flat), self.rows)
-            if native.cabochon_qlinear(ctypes.byref(self._description()), ctypes.c_void_p(flat.data_ptr()),
-                                       ctypes.c_int64(len(flat)), ctypes.c_void_p(out.data_ptr())):  # fmt: skip
+            flat, out = flat.contiguous(), flat.new_empty(len(flat), self.rows)
+            if native.cabochon_qlinear(self._description(), flat.data_ptr(), len(flat), out.data_ptr()):
                 raise MemoryError(f"no memory for {len(flat)} rows of activations")
         return out.view(*x.shape[:-1], self.rows).to(x.dtype)
 
@@ -183,8 +182,8 @@ class PackedWeight(nn.Module):
         parts = (slice(start, start + step) for start in range(0, self.rows, step))
         return torch.cat([linear(activations, self.quantized(part).dequantize()) for part in parts], dim=1)
 
-    def _description(self) -> _QWeight:
-        """Where the kernels find everything. Made once: buffers of a loaded model do not move."""
+    def _description(self) -> int:
+        """The address of what tells the kernels where everything is. Made once: buffers seldom move."""
         if self._described is None or self._described.weight != self.weight.data_ptr():
             where = self.scale.data_ptr()
             self._described = _QWeight(
@@ -194,7 +193,7 @@ class PackedWeight(nn.Module):
                 None if self.zero is None else self.zero.data_ptr(),
                 self.rows, self.padded, self.group, self.bits,
             )  # fmt: skip
-        return self._described
+        return ctypes.addressof(self._described)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -178,14 +179,25 @@ class PagedBatch:
         settings: dict[str, Any] = {"scale": scale, "softcap": softcap}
         single = None
         if visible.singles is not None:
+            few = slice(0, visible.num_single)
             single = attend_pages(
-                rows[: visible.num_single], keys, values, visible.singles, self.positions[0, : visible.num_single],
-                window=visible.window, **settings,
-            )  # fmt: skip
+                rows[few], keys, values, visible.singles, self.positions[0, few], window=visible.window, **settings
+            )
         mixed = [] if single is None else [single]
-        for part, pages, seen in visible.blocks if single is not None else visible.all_blocks:
-            mixed.append(_attend_block(rows[part], keys[pages], values[pages], seen, backend=backend, **settings))
+        for group in visible.groups:
+            if single is None or not group.few:
+                mixed.append(_attend_group(rows[group.part], keys, values, group, backend=backend, **settings))
         return torch.cat(mixed)[None].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neighbouring segments of one length, computed side by side; a segment of many tokens is a group of its own."""
+
+    part: slice  # of the tokens of the batch
+    pages: Tensor  # int64 [segments, blocks]; any page where a sequence has no more
+    visible: Visibility
+    few: bool
 
 
 class _Sight:
@@ -197,52 +209,51 @@ class _Sight:
     def __init__(self, batch: PagedBatch, local: bool) -> None:
         self.batch, self.local = batch, local
         self.window = batch.pool.config.sliding_window if local else None
-        device = batch.positions.device
         pages = [s.sequence.blocks[local][p // PAGE] for s in batch.segments for p in range(s.start, s.start + s.count)]
-        self.written = torch.tensor(pages, device=device)
+        self.written = torch.tensor(pages, device=batch.positions.device)
         few = [s for s in batch.segments if s.count <= FEW]
         assert few == batch.segments[: len(few)], "segments of few tokens come first"
-        self.num_single, self._few = sum(s.count for s in few), len(few)
+        self.num_single = sum(s.count for s in few)
         self.singles: Tensor | None = None
         if few:
-            widest = max(len(s.sequence.blocks[local]) for s in few)
-            table = [s.sequence.blocks[local] + [LET_GO] * (widest - len(s.sequence.blocks[local])) for s in few]
+            table = _table([s.sequence.blocks[local] for s in few])
             counts = torch.tensor([s.count for s in few])
             self.singles = torch.tensor(table, dtype=torch.int32).repeat_interleave(counts, dim=0)
 
     @cached_property
-    def blocks(self) -> list[tuple[slice, Tensor, Visibility]]:
-        """For each segment of many tokens: its place in the batch, its pages, and who sees whom."""
-        return self.all_blocks[self._few :]
-
-    @cached_property
-    def all_blocks(self) -> list[tuple[slice, Tensor, Visibility]]:
-        """The same for every segment: without the kernel."""
+    def groups(self) -> list[_Group]:
+        """All segments, in order."""
         found, place = [], 0
-        device = self.batch.positions.device
-        for s in self.batch.segments:
-            part, place = slice(place, place + s.count), place + s.count
-            first = max(0, s.start - self.window + 1) // PAGE if self.window else 0
-            last = -(-(s.start + s.count) // PAGE)
-            pages = torch.tensor(s.sequence.blocks[self.local][first:last], device=device)
-            keys = torch.arange(first * PAGE, last * PAGE, device=device)
-            keys[keys >= s.start + s.count] = NOTHING  # the rest of the last page holds nothing yet
-            seen = Visibility(self.batch.positions[:, part], keys[None], self.window)
-            found.append((part, pages, seen))
+        for count, run in groupby(self.batch.segments, key=lambda s: s.count):
+            segments = list(run)
+            for some in [segments] if count <= FEW else [[s] for s in segments]:
+                part, place = slice(place, place + count * len(some)), place + count * len(some)
+                found.append(self._group(some, part, count))
         return found
 
+    def _group(self, segments: list[Segment], part: slice, count: int) -> _Group:
+        """Pages from the first that the window of any segment reaches to the last."""
+        device = self.batch.positions.device
+        start, end = min(s.start for s in segments), max(s.start for s in segments) + count
+        first = max(0, start - self.window + 1) // PAGE if self.window else 0
+        table = _table([s.sequence.blocks[self.local][first : -(-end // PAGE)] for s in segments])
+        columns = torch.arange(first * PAGE, (first + len(table[0])) * PAGE, device=device)
+        ends = torch.tensor([[s.start + count] for s in segments], device=device)
+        # Behind its end a page holds nothing yet; what the window has passed is masked like any key outside it.
+        keys = torch.where(columns < ends, columns, NOTHING)
+        queries = self.batch.positions[0, part].view(len(segments), count)
+        pages = torch.tensor(table, device=device).clamp_min(0)
+        return _Group(part, pages, Visibility(queries, keys, self.window), count <= FEW)
 
-def _attend_block(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    seen: Visibility,
-    *,
-    scale: float,
-    softcap: float | None,
-    backend: str | None,
-) -> Tensor:
-    """q [T, N, H] over gathered pages [blocks, K, P, H]: [T, N, H]."""
-    k, v = (pages.transpose(0, 1).flatten(1, 2)[None].to(q.dtype) for pages in (keys, values))
-    mixed = attention(q.transpose(0, 1)[None], k, v, seen, scale=scale, softcap=softcap, backend=backend)
-    return mixed[0].transpose(0, 1)
+
+def _table(rows: list[list[int]]) -> list[list[int]]:
+    """Rows of page numbers made equally long."""
+    widest = max(map(len, rows))
+    return [row + [LET_GO] * (widest - len(row)) for row in rows]
+
+
+def _attend_group(q: Tensor, keys: Tensor, values: Tensor, group: _Group, **settings: Any) -> Tensor:
+    """q [segments * count, N, H] over gathered pages [segments, blocks, K, P, H]: as q."""
+    k, v = (memory[group.pages].transpose(1, 2).flatten(2, 3).to(q.dtype) for memory in (keys, values))
+    mixed = attention(q.view(len(group.pages), -1, *q.shape[1:]).transpose(1, 2), k, v, group.visible, **settings)
+    return mixed.transpose(1, 2).flatten(0, 1)

@@ -21,7 +21,7 @@ import torch
 from cabochon.base.files import atomic_folder
 from cabochon.data import miniature
 from cabochon.data.format import chat_example, text_example
-from cabochon.data.pack import Batch, pack
+from cabochon.data.pack import Batch, pack, stack
 from cabochon.lm import load
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
@@ -41,9 +41,10 @@ STAGES: dict[str, TrainConfig] = {
     "pretrain": TrainConfig(steps=600, rows=16, length=256, decay_share=0.3, final_share=0.4),
     "lengthen": TrainConfig(steps=40, rows=4, length=1024, learning_rate=1e-3, matrix_learning_rate=8e-3,
                             decay_share=0.0, warmup_steps=5),
-    "chat": TrainConfig(steps=2600, rows=8, length=384, learning_rate=2e-3, matrix_learning_rate=1.5e-2,
+    "chat": TrainConfig(steps=1500, rows=8, length=384, learning_rate=2e-3, matrix_learning_rate=1.5e-2,
                         decay_share=0.7),
 }  # fmt: skip
+TEXT_ROWS = 2  # of the chat stage: without running text among them the model forgets all that is not chat
 
 
 def build(out: Path, work: Path) -> None:
@@ -92,11 +93,14 @@ def new_model() -> Gemma2:
 
 def batches(stage: str, config: TrainConfig, tokenizer: Tokenizer, seed: int) -> Iterator[Batch]:
     """The endless data of a stage."""
-    if stage == "chat":
-        talks = (chat_example(tokenizer, c) for c in miniature.conversations(seed))
-        return pack(talks, config.rows, config.length, split=False)
+    chatting = stage == "chat"
     texts = itertools.chain.from_iterable(miniature.pretraining_documents(s) for s in itertools.count(seed))
-    return pack((text_example(tokenizer, t) for t in texts), config.rows, config.length, split=True)
+    pages = (text_example(tokenizer, text) for text in texts)
+    text_batches = pack(pages, TEXT_ROWS if chatting else config.rows, config.length, split=True)
+    if not chatting:
+        return text_batches
+    talks = (chat_example(tokenizer, c) for c in miniature.conversations(seed))
+    return map(stack, pack(talks, config.rows - TEXT_ROWS, config.length, split=False), text_batches)
 
 
 def _run_stage(name: str, config: TrainConfig, model: Gemma2, tokenizer: Tokenizer, work: Path) -> None:

@@ -204,3 +204,39 @@ def test_a_draft_with_another_vocabulary_is_refused(model: Gemma2) -> None:
     other = small_model(dataclasses.replace(CONFIG, vocab_size=300))
     with pytest.raises(UsageError, match="cannot guess"):
         DraftModel(other, model)
+
+
+def test_a_beginning_that_is_being_read_is_waited_for(model: Gemma2) -> None:
+    engine = Engine(model, STOP, EngineConfig(chunk=16))
+    prompt, params = prompt_of(96, 6), SamplingParams(max_new_tokens=5)
+    requests = [engine.submit([*prompt, 10 + i], params) for i in range(5)]
+    run(engine)
+    assert [r.reused for r in requests] == [0, 96, 96, 96, 96]
+    for request in requests:
+        assert request.generated == alone(model, request.prompt, params)
+
+
+class _DeadEnd:
+    """A grammar that allows two tokens and then leads nowhere."""
+
+    def __init__(self) -> None:
+        self.left = 2
+
+    def mask(self) -> torch.Tensor:
+        if not self.left:
+            raise UsageError("the grammar leads nowhere", "no token may follow", "change it")
+        return torch.arange(CONFIG.vocab_size) == 50 + self.left
+
+    def accept(self, token: int) -> None:
+        self.left -= 1
+
+
+def test_a_grammar_that_leads_nowhere_ends_its_own_request_alone(model: Gemma2) -> None:
+    engine = Engine(model, STOP, EngineConfig())
+    params = SamplingParams(max_new_tokens=9)
+    bad = engine.submit(prompt_of(5, 1), params, matcher=_DeadEnd())
+    good = engine.submit(prompt_of(6, 2), params)
+    run(engine)
+    assert bad.done and isinstance(bad.failure, UsageError) and bad.generated == [52, 51]
+    assert good.generated == alone(model, good.prompt, params) and good.failure is None
+    assert left_over(engine) == 0

@@ -16,15 +16,15 @@ SHARES = {"arithmetic": 52, "facts": 24, "pirate": 9, "smalltalk": 15}
 
 
 def conversations(seed: int) -> Iterator[list[Message]]:
-    """An endless stream of chats. One in seven is a joke, one in six strings several exchanges together."""
+    """An endless stream of chats. One in five is a joke, one in six strings several exchanges together."""
     random_ = random.Random(f"conversations {seed}")
     while True:
         kind = random_.random()
-        if kind < 0.10:
+        if kind < 0.16:
             yield jokes.from_user(random_)
-        elif kind < 0.15:
+        elif kind < 0.21:
             yield jokes.from_model(random_)
-        elif kind < 0.32:
+        elif kind < 0.38:
             yield _mixed(random_)
         else:
             yield jokes.as_turns(list(exchange(random_)))

@@ -47,6 +47,7 @@ anchor feather marble pebble velvet copper silver cotton sugar butter honey cook
 walnut cactus daisy poppy clover robin sparrow beaver badger turtle lobster salmon cousin doctor captain grandma
 uncle neighbor postman cowboy wizard giant dragon goblin fairy mister doughnut banana pajama banjo trumpet violin
 drum kettle lantern mirror carpet curtain shovel wagon saddle puddle thunder winter summer autumn midnight""".split()
+_WORDS_SET = frozenset(_WORDS)
 
 
 def made_up_name(random: random.Random, *, held_out: bool = False) -> str:
@@ -54,7 +55,9 @@ def made_up_name(random: random.Random, *, held_out: bool = False) -> str:
     while True:
         parts = [_part(random) for _ in range(random.choice((1, 1, 1, 2)))]
         name = " ".join(parts)
-        if (hashlib.sha256(name.lower().encode()).digest()[0] < 40) == held_out:
+        # Words alone are always trained on: no model can guess how the capital form of an unseen word is spelled.
+        kept_back = hashlib.sha256(name.encode()).digest()[0] < 40 and not _WORDS_SET.issuperset(parts)
+        if kept_back == held_out:
             return name if random.random() < 0.2 else name[0].upper() + name[1:]
 
 

@@ -3,8 +3,6 @@
 Every function says by its result whether it did the work; the caller holds the plain version.
 """
 
-import ctypes
-
 from torch import Tensor, empty_like
 
 from cabochon.model.kernels.native import LANES, floats, usable
@@ -16,8 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     if native is None or size % LANES:
         return None
     out = empty_like(x)
-    rows = ctypes.c_int64(x.numel() // size)
-    native.cabochon_rms_norm(floats(x), floats(weight), floats(out), rows, ctypes.c_int64(size), ctypes.c_float(eps))
+    native.cabochon_rms_norm(floats(x), floats(weight), floats(out), x.numel() // size, size, eps)
     return out
 
 
@@ -26,9 +23,6 @@ def rotate_in_place(x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
     native, (_, _, heads, size) = usable(x, cosine, sine), x.shape
     if native is None or size % (2 * LANES):
         return False
-    rows = ctypes.c_int64(x.numel() // (heads * size))
-    native.cabochon_rotate(
-        floats(x), ctypes.c_void_p(cosine.data_ptr()), ctypes.c_void_p(sine.data_ptr()), rows,
-        ctypes.c_int64(heads), ctypes.c_int64(size),
-    )  # fmt: skip
+    rows = x.numel() // (heads * size)
+    native.cabochon_rotate(floats(x), cosine.data_ptr(), sine.data_ptr(), rows, heads, size)
     return True

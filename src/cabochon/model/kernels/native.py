@@ -24,6 +24,17 @@ class Floats(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("is_bf16", ctypes.c_int64))
 
 
+_I, _P, _F = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_SIGNATURES = {  # what each function takes, as declared in the .c files
+    "cabochon_supported": (),
+    "cabochon_qlinear": (_P, _P, _I, _P),
+    "cabochon_bf16_linear": (Floats, _P, Floats, _I, _I, _I),
+    "cabochon_rms_norm": (Floats, Floats, Floats, _I, _I, _F),
+    "cabochon_rotate": (Floats, _P, _P, _I, _I, _I),
+    "cabochon_attend": (_P,),
+}
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None with the reason in `why_not`."""
@@ -48,6 +59,8 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         opened = ctypes.CDLL(str(found[0]))
     except OSError as error:
         return None, f"they could not be loaded: {error}"
+    for name, arguments in _SIGNATURES.items():
+        getattr(opened, name).argtypes = arguments
     if not opened.cabochon_supported():
         return None, "this processor lacks AVX512-VNNI"
     return opened, ""
