@@ -31,7 +31,7 @@ def doctor(*, json: Json = False) -> int:
         print(json_format.dumps({"machine": asdict(machine), "attention": proofs, "sizes": sizes}))
     else:
         _print(machine, device, proofs, sizes)
-    needed = ("flex", "blockwise") if machine.has_gpu else ("plain", "blockwise")
+    needed = ("flex", "blockwise") if machine.has_gpu else ("plain", "blockwise", *({"kernel"} & set(proofs)))
     return int(any(proofs[name][dtype] for name in needed for dtype in proofs[name]))
 
 
@@ -42,17 +42,22 @@ def prove_all(device: str) -> dict[str, dict[str, list[str]]]:
     import torch
 
     from cabochon.model.attention import BACKENDS
+    from cabochon.model.kernels.attend import as_backend
+    from cabochon.model.kernels.native import library
     from cabochon.model.proof import failures
+
+    backends = dict(BACKENDS)
+    if device == "cpu" and library() is not None:
+        backends["kernel"] = as_backend
+
+    def judge(name: str, dtype: torch.dtype) -> list[str]:
+        kinds = {"with_softcap": name != "sdpa", "whole_texts_only": name == "kernel"}
+        return failures(backends[name], device, dtype, **kinds)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # flex_attention complains about its own eager form
-        return {
-            name: {
-                str(dtype).removeprefix("torch."): failures(run, device, dtype, with_softcap=name != "sdpa")
-                for dtype in (torch.float32, torch.bfloat16)
-            }
-            for name, run in BACKENDS.items()
-        }
+        dtypes = (torch.float32, torch.bfloat16)
+        return {name: {str(d).removeprefix("torch."): judge(name, d) for d in dtypes} for name in backends}
 
 
 def run_estimate(machine: "Machine", config: Gemma2Config) -> dict[str, float | bool | str]:
@@ -87,10 +92,13 @@ def _print(
     from rich.console import Console
     from rich.table import Table
 
+    from cabochon.model.kernels.native import why_not
+
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.add_row("processor", f"{machine.processor}, {machine.cores} cores for this process")
     facts.add_row("instructions", ", ".join(machine.instruction_sets) or "none that matter were found")
     facts.add_row("memory", f"{machine.memory / GIB:.1f} GiB, {machine.free_memory / GIB:.1f} free")
+    facts.add_row("kernels", why_not() or "compiled, in use")
     facts.add_row("GPU", f"{', '.join(machine.gpus)}, {machine.gpu_memory / GIB:.0f} GiB" if machine.gpus else "none")
     facts.add_row("bandwidth", f"{machine.read_bandwidth / 1e9:.0f} GB/s of reads, measured just now")
 
@@ -111,7 +119,8 @@ def _print(
 
 _USED = {
     "plain": "short prompts and single tokens",
-    "blockwise": "long prompts on a CPU",
+    "blockwise": "long prompts on a CPU without the kernel, and training",
+    "kernel": "answering, on a CPU",
     "flex": "prompts on a GPU",
     "sdpa": "only with the soft cap turned off",
 }

@@ -168,7 +168,9 @@ class GeGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        out: Tensor = self.down(gelu(self.gate(x), approximate="tanh") * self.up(x))
+        gate, up = self.gate(x), self.up(x)
+        fused = elementwise.gelu_times(gate, up)
+        out: Tensor = self.down(gelu(gate, approximate="tanh") * up if fused is None else fused)
         return out
 
 

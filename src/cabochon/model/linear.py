@@ -123,6 +123,7 @@ class PackedWeight(nn.Module):
     weight: Tensor
     scale: Tensor
     zero: Tensor | None
+    method = "rtn"  # how the weights were rounded, a note that is saved with them
 
     def __init__(self, rows: int, columns: int, bits: int, group: int = GROUP) -> None:
         super().__init__()

@@ -25,7 +25,6 @@ from cabochon.model.visibility import NOTHING, Visibility
 
 PAGE = 32
 LET_GO = -1  # in place of a page number: its positions have left the window
-FEW = 8  # tokens of a sequence in one step up to which single queries are faster than blocks
 
 
 class OutOfPages(Exception):
@@ -142,6 +141,11 @@ class Segment:
     start: int
     count: int
 
+    @property
+    def positions(self) -> range:
+        """Of the new tokens."""
+        return range(self.start, self.start + self.count)
+
 
 class PagedBatch:
     """The cache of one forward pass over ids [1, T]: the tokens of several sequences one after the other."""
@@ -150,8 +154,8 @@ class PagedBatch:
         self.pool, self.segments = pool, list(segments)
         self.length = 0
         device = pool.keys[0].device
-        positions = [p for s in self.segments for p in range(s.start, s.start + s.count)]
-        self.positions = torch.tensor([positions], device=device)
+        self.positions = torch.tensor([[p for s in self.segments for p in s.positions]], device=device)
+        self._rows = torch.tensor([row for row, s in enumerate(self.segments) for _ in s.positions], device=device)
         self._offsets = self.positions[0] % PAGE
         self._sights = {local: _Sight(self, local) for local in (True, False)}
 
@@ -177,48 +181,35 @@ class PagedBatch:
         values[visible.written, :, self._offsets] = v[0].transpose(0, 1).to(values.dtype)
         rows = q[0].transpose(0, 1).contiguous()  # [T, N, H]
         settings: dict[str, Any] = {"scale": scale, "softcap": softcap}
-        single = None
-        if visible.singles is not None:
-            few = slice(0, visible.num_single)
-            single = attend_pages(
-                rows[few], keys, values, visible.singles, self.positions[0, few], window=visible.window, **settings
-            )
-        mixed = [] if single is None else [single]
-        for group in visible.groups:
-            if single is None or not group.few:
-                mixed.append(_attend_group(rows[group.part], keys, values, group, backend=backend, **settings))
-        return torch.cat(mixed)[None].transpose(1, 2)
+        mixed = attend_pages(
+            rows, keys, values, visible.pages, self._rows, self.positions[0], window=visible.window, **settings
+        )
+        if mixed is None:
+            parts = [_attend_group(rows[g.part], keys, values, g, backend=backend, **settings) for g in visible.groups]
+            mixed = torch.cat(parts)
+        return mixed[None].transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Neighbouring segments of one length, computed side by side; a segment of many tokens is a group of its own."""
+    """Neighbouring segments of one length, computed side by side."""
 
     part: slice  # of the tokens of the batch
     pages: Tensor  # int64 [segments, blocks]; any page where a sequence has no more
     visible: Visibility
-    few: bool
 
 
 class _Sight:
-    """Where one kind of layer finds and puts its keys: worked out once a step and used in every such layer.
-
-    Segments of few tokens come first in a batch, so `singles` covers the first `num_single` tokens.
-    """
+    """Where one kind of layer finds and puts its keys: worked out once a step and used in every such layer."""
 
     def __init__(self, batch: PagedBatch, local: bool) -> None:
         self.batch, self.local = batch, local
         self.window = batch.pool.config.sliding_window if local else None
-        pages = [s.sequence.blocks[local][p // PAGE] for s in batch.segments for p in range(s.start, s.start + s.count)]
-        self.written = torch.tensor(pages, device=batch.positions.device)
-        few = [s for s in batch.segments if s.count <= FEW]
-        assert few == batch.segments[: len(few)], "segments of few tokens come first"
-        self.num_single = sum(s.count for s in few)
-        self.singles: Tensor | None = None
-        if few:
-            table = _table([s.sequence.blocks[local] for s in few])
-            counts = torch.tensor([s.count for s in few])
-            self.singles = torch.tensor(table, dtype=torch.int32).repeat_interleave(counts, dim=0)
+        device = batch.positions.device
+        blocks = [s.sequence.blocks[local] for s in batch.segments]
+        written = [pages[p // PAGE] for pages, s in zip(blocks, batch.segments, strict=True) for p in s.positions]
+        self.written = torch.tensor(written, device=device)
+        self.pages = torch.tensor(_table(blocks), dtype=torch.int32, device=device)
 
     @cached_property
     def groups(self) -> list[_Group]:
@@ -226,7 +217,7 @@ class _Sight:
         found, place = [], 0
         for count, run in groupby(self.batch.segments, key=lambda s: s.count):
             segments = list(run)
-            for some in [segments] if count <= FEW else [[s] for s in segments]:
+            for some in [segments] if count == 1 else [[s] for s in segments]:
                 part, place = slice(place, place + count * len(some)), place + count * len(some)
                 found.append(self._group(some, part, count))
         return found
@@ -243,7 +234,7 @@ class _Sight:
         keys = torch.where(columns < ends, columns, NOTHING)
         queries = self.batch.positions[0, part].view(len(segments), count)
         pages = torch.tensor(table, device=device).clamp_min(0)
-        return _Group(part, pages, Visibility(queries, keys, self.window), count <= FEW)
+        return _Group(part, pages, Visibility(queries, keys, self.window))
 
 
 def _table(rows: list[list[int]]) -> list[list[int]]:

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cabochon.base.errors import CabochonError
 from cabochon.model.attention import attention
+from cabochon.model.kernels import attend as kernel
 from cabochon.model.kernels.attend import attend_pages
 from cabochon.model.kernels.native import library
 from cabochon.model.paged import LET_GO, PAGE, PagedBatch, PagedSequence, PagePool, Segment, page_bytes, pages_for
@@ -57,7 +59,7 @@ def test_the_kernel_equals_attention_over_one_piece(case: dict) -> None:
     q, keys, values, table = paged_inputs(case)
     positions = torch.tensor(case["lengths"]) - 1
     scale, options = case["size"] ** -0.5, {"window": case["window"], "softcap": case["cap"]}
-    found = attend_pages(q, keys, values, table, positions, scale=scale, **options)
+    found = attend_pages(q, keys, values, table, torch.arange(len(q)), positions, scale=scale, **options)
     assert found is not None and found.dtype is q.dtype
     for i, length in enumerate(case["lengths"]):
         pages = table[i, : -(-length // PAGE)].long()
@@ -67,7 +69,8 @@ def test_the_kernel_equals_attention_over_one_piece(case: dict) -> None:
         expected = attention(one, k, v, seen, scale=scale, softcap=case["cap"], backend="plain")[0, :, 0]
         error = (found[i].float() - expected).abs().max() / expected.abs().max().clamp_min(1)
         assert error < TOLERANCE[case["q_dtype"]] * max(1, case["spread"])
-        alone = attend_pages(q[i : i + 1], keys, values, table[i : i + 1], positions[i : i + 1], scale=scale, **options)
+        one_row = (table[i : i + 1], torch.zeros(1, dtype=torch.long), positions[i : i + 1])
+        alone = attend_pages(q[i : i + 1], keys, values, *one_row, scale=scale, **options)
         assert alone is not None and torch.equal(alone[0], found[i])  # the same bits in any company
 
 
@@ -148,3 +151,24 @@ def test_taking_back_guessed_tokens_frees_their_pages() -> None:
     assert pool.free == 4
     sequence.advance(PAGE)
     assert pool.free == 8
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("feature", ["soft cap", "scale", "window edge"])
+def test_a_kernel_that_drops_something_is_refused(
+    feature: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = kernel.attend_pages
+    broken = {"soft cap": {"softcap": None}, "scale": {"scale": 0.25}, "window edge": {"window": 5}}[feature]
+
+    def inert(*args: object, **options: object) -> object:
+        return real(*args, **{k: broken.get(k, v) if v is not None else v for k, v in options.items()})
+
+    kernel.prove(dtype)
+    monkeypatch.setattr(kernel, "attend_pages", inert)
+    with pytest.raises(CabochonError, match="refused") as caught:
+        kernel.prove(dtype)
+    assert feature in caught.value.cause
+    monkeypatch.undo()
+    kernel.prove(dtype)

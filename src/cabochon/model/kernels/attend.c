@@ -1,7 +1,8 @@
-/* Attention of few queries over a paged cache: one pass over the keys and values, soft cap and window inside.
+/* Attention over a paged cache: soft cap and window inside, no scores beyond those of a few queries at a time.
 
-   A query's answer is computed from its own keys, in order of position, by one thread: it has the same bits alone
-   and in any batch. The plain twin is attention.py on the gathered pages.
+   Neighbouring queries of one sequence share the reading of their keys and values. Each query's own sums are made in
+   order of position all the same, so an answer has the same bits alone, in any batch, and however its prompt was cut
+   into pieces. The plain twin is attention.py on the gathered pages.
 
    Letters: N query heads, K key-value heads, H head size (a multiple of 16), P positions of a page. */
 
@@ -10,26 +11,26 @@
 
 #include "kernels.h"
 
+#define SHARED 4 /* queries that read the same keys together */
+
 typedef struct {
-    Floats q;              /* [queries, N, H] */
-    Floats out;            /* [queries, N, H] */
-    Floats keys, values;   /* [pages, K, P, H] of one layer */
-    const int32_t *pages;  /* [queries, stride] the page of each block of P positions; -1 where it was let go */
+    Floats q;                /* [queries, N, H] */
+    Floats out;              /* [queries, N, H] */
+    Floats keys, values;     /* [pages, K, P, H] of one layer */
+    const int32_t *pages;    /* [sequences, stride] the page of each block of P positions; -1 where it was let go */
+    const int64_t *row;      /* [queries] the sequence of each; neighbours of one sequence follow each other */
     const int64_t *position; /* [queries]; position j is seen when position - window < j <= position */
     int64_t queries, heads, kv_heads, size, page, stride, window; /* window 0: everything */
-    float scale, cap;      /* cap 0: none */
+    float scale, cap;        /* cap 0: none */
 } Attend;
 
-AVX512 INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x); /* ln 2 in two parts: exact for any n here */
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 5040);
-    const float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    for (int i = 0; i < 7; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(terms[i]));
-    return _mm512_scalef_ps(p, n);
-}
+/* Up to SHARED queries of one sequence and head: the positions each sees, and room for its scores. */
+typedef struct {
+    int64_t first, count, head;
+    int64_t low[SHARED], high[SHARED]; /* seen are low <= j < high */
+    float *scores[SHARED];             /* [high - low], and padding to a whole register */
+    float *q;                          /* [count, H] float32 */
+} Task;
 
 /* Near zero the quotient would lose digits; there the series is exact to the last bit. */
 AVX512 INLINE __m512 hyperbolic_tangent(__m512 x) {
@@ -46,20 +47,29 @@ AVX512 INLINE __m512 hyperbolic_tangent(__m512 x) {
                                                          _mm512_set1_epi32(0x80000000), 0xd8)); /* x's sign */
 }
 
-AVX512 INLINE int64_t at(const Attend *p, int64_t query, int64_t kv, int64_t position) {
-    const int64_t page = p->pages[query * p->stride + position / p->page];
-    return ((page * p->kv_heads + kv) * p->page + position % p->page) * p->size;
+AVX512 INLINE int64_t at(const Attend *p, const Task *t, int64_t position) {
+    const int64_t page = p->pages[p->row[t->first] * p->stride + position / p->page];
+    return ((page * p->kv_heads + t->head / (p->heads / p->kv_heads)) * p->page + position % p->page) * p->size;
 }
 
-/* scores[j - low] = q . k_j for j in [low, high). */
-AVX512 static void products(const Attend *p, int64_t query, int64_t kv, const float *q, int64_t low, int64_t high,
-                            float *scores) {
-    for (int64_t j = low; j < high; j++) {
-        const int64_t key = at(p, query, kv, j);
-        __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int64_t h = 0; h < p->size; h += LANES)
-            sum[h / LANES % 2] = _mm512_fmadd_ps(load(p->keys, key + h), _mm512_loadu_ps(q + h), sum[h / LANES % 2]);
-        scores[j - low] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+/* scores[r][j - low[r]] = q_r . k_j. The first query of a task sees furthest back, the last furthest on. */
+AVX512 INLINE void products(const int rows, const Attend *p, const Task *t) {
+    for (int64_t j = t->low[0]; j < t->high[rows - 1]; j++) {
+        const int64_t key = at(p, t, j);
+        __m512 sum[SHARED][2];
+        for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+        for (int64_t h = 0; h < p->size; h += 2 * LANES) {
+            const __m512 first = load(p->keys, key + h);
+            for (int r = 0; r < rows; r++)
+                sum[r][0] = _mm512_fmadd_ps(first, _mm512_loadu_ps(t->q + r * p->size + h), sum[r][0]);
+            if (h + LANES == p->size) break;
+            const __m512 second = load(p->keys, key + h + LANES);
+            for (int r = 0; r < rows; r++)
+                sum[r][1] = _mm512_fmadd_ps(second, _mm512_loadu_ps(t->q + r * p->size + h + LANES), sum[r][1]);
+        }
+        for (int r = 0; r < rows; r++)
+            if (t->low[r] <= j && j < t->high[r])
+                t->scores[r][j - t->low[r]] = _mm512_reduce_add_ps(_mm512_add_ps(sum[r][0], sum[r][1]));
     }
 }
 
@@ -86,56 +96,83 @@ AVX512 static float weigh(const Attend *p, float *scores, int64_t count) {
     return _mm512_reduce_add_ps(sum);
 }
 
-#define CHUNK 16 /* registers of accumulators: 256 numbers of a head at a time */
-
-/* out = sum of weights[j - low] * v_j / total. */
-AVX512 static void mix(const Attend *p, int64_t query, int64_t kv, const float *weights, int64_t low, int64_t high,
-                       float total, int64_t out) {
-    for (int64_t start = 0; start < p->size; start += CHUNK * LANES) {
-        const int64_t parts = (p->size - start < CHUNK * LANES ? p->size - start : CHUNK * LANES) / LANES;
-        __m512 sum[CHUNK];
-        for (int64_t i = 0; i < CHUNK; i++) sum[i] = _mm512_setzero_ps();
-        for (int64_t j = low; j < high; j++) {
-            const int64_t value = at(p, query, kv, j) + start;
-            const __m512 weight = _mm512_set1_ps(weights[j - low]);
-            if (parts == CHUNK) /* a constant count keeps the sums in registers */
-                for (int64_t i = 0; i < CHUNK; i++)
-                    sum[i] = _mm512_fmadd_ps(load(p->values, value + i * LANES), weight, sum[i]);
-            else
-                for (int64_t i = 0; i < parts; i++)
-                    sum[i] = _mm512_fmadd_ps(load(p->values, value + i * LANES), weight, sum[i]);
+/* out = sum of weights[j - low] * v_j / total, `parts` registers of every query's head from `start` on. */
+AVX512 INLINE void mix(const int rows, const int parts, const Attend *p, const Task *t, const float *total,
+                       int64_t start) {
+    __m512 sum[SHARED][16];
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < parts; i++) sum[r][i] = _mm512_setzero_ps();
+    for (int64_t j = t->low[0]; j < t->high[rows - 1]; j++) {
+        const int64_t value = at(p, t, j) + start;
+        __m512 weight[SHARED];
+        for (int r = 0; r < rows; r++) /* 0 adds nothing, to the bit */
+            weight[r] = _mm512_set1_ps(t->low[r] <= j && j < t->high[r] ? t->scores[r][j - t->low[r]] : 0.0f);
+        for (int i = 0; i < parts; i++) {
+            const __m512 v = load(p->values, value + i * LANES);
+            for (int r = 0; r < rows; r++) sum[r][i] = _mm512_fmadd_ps(v, weight[r], sum[r][i]);
         }
-        for (int64_t i = 0; i < parts; i++)
-            store(p->out, out + start + i * LANES, _mm512_div_ps(sum[i], _mm512_set1_ps(total)));
+    }
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < parts; i++)
+            store(p->out, ((t->first + r) * p->heads + t->head) * p->size + start + i * LANES,
+                  _mm512_div_ps(sum[r][i], _mm512_set1_ps(total[r])));
+}
+
+/* As many registers of sums as there are: 16 for one query, 4 for each of four. */
+AVX512 INLINE void attend(const int rows, const Attend *p, const Task *t) {
+    const int parts = rows == 1 ? 16 : rows == 2 ? 8 : 4;
+    float total[SHARED];
+    products(rows, p, t);
+    for (int r = 0; r < rows; r++) total[r] = weigh(p, t->scores[r], t->high[r] - t->low[r]);
+    int64_t start = 0;
+    for (; start + parts * LANES <= p->size; start += parts * LANES) mix(rows, parts, p, t, total, start);
+    for (; start < p->size; start += LANES) mix(rows, 1, p, t, total, start);
+}
+
+AVX512 static void run(const Attend *p, Task *t, float *scratch, int64_t longest) {
+    for (int64_t r = 0; r < t->count; r++) {
+        const int64_t query = t->first + r;
+        t->high[r] = p->position[query] + 1;
+        t->low[r] = p->window && t->high[r] > p->window ? t->high[r] - p->window : 0;
+        t->scores[r] = scratch + r * (longest + LANES);
+    }
+    t->q = scratch + SHARED * (longest + LANES);
+    for (int64_t r = 0; r < t->count; r++)
+        for (int64_t h = 0; h < p->size; h += LANES)
+            _mm512_storeu_ps(t->q + r * p->size + h,
+                             load(p->q, ((t->first + r) * p->heads + t->head) * p->size + h));
+    switch (t->count) {
+        case 1: attend(1, p, t); break;
+        case 2: attend(2, p, t); break;
+        case 3: attend(3, p, t); break;
+        default: attend(4, p, t);
     }
 }
 
 /* Returns 0, or 1 when there is no memory. */
-AVX512 EXPORT int cabochon_attend(const Attend *p) {
-    const int64_t group = p->heads / p->kv_heads;
-    int64_t longest = 0;
-    for (int64_t i = 0; i < p->queries; i++)
+EXPORT int cabochon_attend(const Attend *p) {
+    int64_t *starts = malloc((p->queries + 1) * sizeof *starts), groups = 0, longest = 0;
+    if (!starts) return 1;
+    for (int64_t i = 0; i < p->queries; i++) {
+        if (!groups || p->row[i] != p->row[i - 1] || i - starts[groups - 1] == SHARED) starts[groups++] = i;
         if (p->position[i] + 1 > longest) longest = p->position[i] + 1;
+    }
+    starts[groups] = p->queries;
     if (p->window && longest > p->window) longest = p->window;
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        float *scratch = malloc((longest + LANES + p->size) * sizeof(float));
+        float *scratch = malloc(SHARED * (longest + LANES + p->size) * sizeof *scratch);
         failed = !scratch;
-        /* Tasks with the same keys are neighbours: the second head finds them in the cache. */
-#pragma omp for schedule(dynamic, group)
-        for (int64_t task = 0; task < p->queries * p->heads; task++) {
-            if (!scratch) continue;
-            const int64_t query = task / p->heads, head = task % p->heads, kv = head / group;
-            const int64_t high = p->position[query] + 1;
-            const int64_t low = p->window && high > p->window ? high - p->window : 0;
-            float *q = scratch + longest + LANES;
-            for (int64_t h = 0; h < p->size; h += LANES) _mm512_storeu_ps(q + h, load(p->q, task * p->size + h));
-            products(p, query, kv, q, low, high, scratch);
-            const float total = weigh(p, scratch, high - low);
-            mix(p, query, kv, scratch, low, high, total, task * p->size);
+        /* Heads with the same keys are neighbours: the second finds them in the cache. */
+#pragma omp for schedule(dynamic, p->heads / p->kv_heads)
+        for (int64_t task = 0; task < groups * p->heads; task++) {
+            const int64_t group = task / p->heads;
+            Task t = {.first = starts[group], .count = starts[group + 1] - starts[group], .head = task % p->heads};
+            if (scratch) run(p, &t, scratch, longest);
         }
         free(scratch);
     }
+    free(starts);
     return failed;
 }

@@ -26,3 +26,13 @@ def rotate_in_place(x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
     rows = x.numel() // (heads * size)
     native.cabochon_rotate(floats(x), cosine.data_ptr(), sine.data_ptr(), rows, heads, size)
     return True
+
+
+def gelu_times(gate: Tensor, up: Tensor) -> Tensor | None:
+    """gelu(gate) * up, the tanh form of GELU, in float32 up to the cast; None: not done."""
+    native = usable(gate, up)
+    if native is None or gate.numel() % LANES:
+        return None
+    out = empty_like(gate)
+    native.cabochon_gelu_times(floats(gate), floats(up), floats(out), gate.numel())
+    return out

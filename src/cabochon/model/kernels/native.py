@@ -31,6 +31,7 @@ _SIGNATURES = {  # what each function takes, as declared in the .c files
     "cabochon_bf16_linear": (Floats, _P, Floats, _I, _I, _I),
     "cabochon_rms_norm": (Floats, Floats, Floats, _I, _I, _F),
     "cabochon_rotate": (Floats, _P, _P, _I, _I, _I),
+    "cabochon_gelu_times": (Floats, Floats, Floats, _I),
     "cabochon_attend": (_P,),
 }
 
