@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cabochon.base.errors import CabochonError, MissingResource, UsageError
-from cabochon.base.machine import free_memory
+from cabochon.base.machine import free_memory, keep_freed_memory
 from cabochon.generate.prefix import PrefixMemory, agreement
 from cabochon.generate.request import Matcher, Request, Sampled
 from cabochon.generate.sampling import SamplingParams, adjust, describe, generator
@@ -66,6 +66,7 @@ class Engine:
         speculator: Speculator | None = None,
     ) -> None:
         self.model, self.stop_ids, self.config, self.speculator = model, stop_ids, config, speculator
+        keep_freed_memory()
         each = page_bytes(model.config, model.cache_dtype)
         most = config.max_requests * pages_for(model.config, model.config.max_position)
         budget = free_memory(str(model.device)) // 2 if config.cache_bytes is None else config.cache_bytes

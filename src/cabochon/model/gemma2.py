@@ -59,14 +59,26 @@ class Gemma2(nn.Module):
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
-        visible: Any = self._visibility(positions, documents) if cache is None else cache.extend(positions)
+        visible: Any = self.visibility(positions, documents) if cache is None else cache.extend(positions)
         rotation = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.embedding(ids) * self._embedding_scale()
+        x = self.embed(ids)
         for i, block in enumerate(self.layers):
             sight = visible[self.config.is_local(i)]
             x = block(x, rotation, sight, cache, self.attention_backend)
         normed: Tensor = self.final_norm(x)
         return normed
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first layer takes: scaled embeddings [B, T, D] of ids int64 [B, T]."""
+        out: Tensor = self.embedding(ids) * self._embedding_scale()
+        return out
+
+    def visibility(self, positions: Tensor, documents: Tensor | None) -> dict[bool, Visibility]:
+        """Who sees whom among positions [B, T], in local layers (True) and in global ones."""
+        windows = {True: self.config.sliding_window, False: None}
+        return {
+            local: Visibility(positions, positions, window, documents, documents) for local, window in windows.items()
+        }
 
     def head(self, hidden: Tensor) -> Tensor:
         """Soft-capped logits float32 [..., V] of hidden states [..., D]; the weight is the embedding's."""
@@ -86,12 +98,6 @@ class Gemma2(nn.Module):
     def _embedding_scale(self) -> float:
         # Rounded to the weights' dtype as the published models were trained: 9b in bf16 has 59.75, not 59.866.
         return torch.tensor(self.config.hidden_size**0.5, dtype=self.cache_dtype).item()
-
-    def _visibility(self, positions: Tensor, documents: Tensor | None) -> dict[bool, Visibility]:
-        windows = {True: self.config.sliding_window, False: None}
-        return {
-            local: Visibility(positions, positions, window, documents, documents) for local, window in windows.items()
-        }
 
 
 class Block(nn.Module):
@@ -209,5 +215,9 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """Smoothly keep x within (-cap, cap); the slope at 0 is 1."""
-    return x if cap is None else torch.tanh(x / cap) * cap
+    """Smoothly keep x within (-cap, cap); the slope at 0 is 1. May reuse x."""
+    if cap is None:
+        return x
+    if torch.is_grad_enabled():
+        return torch.tanh(x / cap) * cap
+    return x.div_(cap).tanh_().mul_(cap)  # logits are large: no copies of them

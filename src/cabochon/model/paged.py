@@ -8,6 +8,7 @@ sequences, and the memory of old prompts (`generate/prefix.py`), may hold the sa
 Dimension letters: T tokens of a step, N query heads, K key-value heads, H head size, P positions of a page.
 """
 
+import mmap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,9 +45,8 @@ class PagePool:
         self.config, self.pages = config, pages
         shape = (pages, config.num_kv_heads, PAGE, config.head_dim)
         slots = range((config.num_layers + 1) // 2)  # layer 2i lies in local pages at slot i, 2i + 1 in global ones
-        # Zeros and not whatever is there: a masked value still takes part, with a weight of 0, and 0 * nan is nan.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in slots]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in slots]
+        self.keys = [_zeros(shape, dtype, torch.device(device)) for _ in slots]
+        self.values = [_zeros(shape, dtype, torch.device(device)) for _ in slots]
         self.holders: Counter[int] = Counter()
         self._free = list(range(pages))[::-1]
 
@@ -81,6 +81,15 @@ class PagePool:
         for memory in (*self.keys, *self.values):
             memory[page] = memory[source]
         return page
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, since a masked value still takes part with a weight of 0, and 0 * nan is nan; untouched ones are free."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = torch.Size(shape).numel()
+    memory = mmap.mmap(-1, count * dtype.itemsize)  # the system gives zeros page by page, when they are touched
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
 def page_bytes(config: Gemma2Config, dtype: torch.dtype) -> int:
