@@ -1,5 +1,7 @@
 """Talk to a model, line by line.
 
+To run it:
+
     .venv/bin/python examples/chat.py            # the model inside
     .venv/bin/python examples/chat.py my-model   # a folder or a Hugging Face id
 """

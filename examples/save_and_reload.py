@@ -1,5 +1,7 @@
 """Save a model as a folder that transformers loads too, load it again, and see that it answers the same.
 
+To run it:
+
     .venv/bin/python examples/save_and_reload.py [FOLDER]
 """
 

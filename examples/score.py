@@ -1,5 +1,7 @@
 """Multiple choice without generating a word: which ending does the model find likeliest?
 
+To run it:
+
     .venv/bin/python examples/score.py
 """
 

@@ -1,5 +1,7 @@
 """Train a Gemma 2 from nothing on text that this script makes: a model that counts, in under a minute.
 
+To run it:
+
     .venv/bin/python examples/train.py [STEPS]
 """
 
@@ -42,7 +44,7 @@ def main(steps: int = 120) -> None:
     batches = pack((text_example(tokenizer, text) for text in counting(1)), settings.rows, settings.length, split=True)
     train(model, batches, settings, show)
     lm = cabochon.LM(model, tokenizer)
-    print("61 62 63" + lm.generate("61 62 63", max_new_tokens=12).text)
+    print("61 62 63" + lm.generate("61 62 63", max_new_tokens=20).text)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,17 @@
-"""Write what the docs do not type by hand: `docs/cli.md` from every command's help, and the examples that docs quote.
+"""Write what the docs do not type by hand: `docs/cli.md`, the examples that pages quote, and the chat in the README.
 
     make docs
 
-`tests/docs/test_generated.py` fails when a file is not what this script would write.
+`tests/docs/test_generated.py` fails when a page is not what this script would write.
 """
 
+import json
 import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from functools import cache
 from io import StringIO
 from pathlib import Path
 
@@ -17,6 +23,18 @@ from cabochon.cli.repl import COMMANDS as CHAT_COMMANDS
 ROOT = Path(__file__).parents[1]
 WIDTH = 100  # columns of the help: what a code block shows without a scroll bar
 QUOTED = re.compile(r"(<!-- file: (\S+) -->\n)```(\w+)\n.*?^```$", re.DOTALL | re.MULTILINE)
+TRANSCRIPT = re.compile(r"(<!-- transcript: begin -->\n).*?(<!-- transcript: end -->)", re.DOTALL)
+
+# What the README asks the model inside, in one conversation. Its training had neither this sum nor this name.
+TALK = (
+    "Hello!",
+    "What is 348 + 589?",
+    "What is the capital of France?",
+    "Knock knock.",
+    "Zorbin.",
+    "Zorbin is at the door!",
+    "Say it like a pirate: Hello, my friend, where is the money?",
+)
 
 _CLI = """\
 # The command line
@@ -24,12 +42,12 @@ _CLI = """\
 <!-- Generated from the help of each command. Do not edit: type `make docs`. -->
 
 Every command takes `--help`, which answers before torch is loaded. Answers go to standard output, everything else to
-standard error. `--json` makes them JSON for programs; `chat --json` prints one object a line.
+standard error. `--json` prints one JSON object, or one for each answer, for programs.
 
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | a check failed: an attention backend that would be used on this machine is not exact |
+| 1 | a check failed: an attention backend that this machine needs is not exact |
 | 2 | usage: what was typed cannot be understood |
 | 3 | bad input: a file, a prompt or a conversation cannot be used as it is |
 | 4 | missing resource: a file, the network, access, memory or a device is not there |
@@ -74,11 +92,32 @@ def with_quotes(text: str, root: Path = ROOT) -> str:
     return QUOTED.sub(quote, text)
 
 
+@cache
+def transcript(talk: Sequence[str] = TALK) -> str:
+    """A real conversation with the model inside: each message behind "> ", below it the answer."""
+    # In float32, which the test repeats: where two tokens are nearly as likely, the rounding of bfloat16 could decide
+    # otherwise on another processor. Greedy, as every answer without --temperature.
+    command = [sys.executable, "-m", "cabochon", "chat", "--json", "--dtype", "float32", "--device", "cpu"]
+    done = subprocess.run(command, input="\n".join(talk), stdout=subprocess.PIPE, encoding="utf-8", check=True)
+    turns = [json.loads(line) for line in done.stdout.splitlines()]
+    return "\n\n".join(f"> {turn['prompt']}\n{_wrap(turn['text'])}" for turn in turns) + "\n"
+
+
+def _wrap(text: str) -> str:
+    return "\n".join("\n".join(textwrap.wrap(line, WIDTH)) for line in text.splitlines())
+
+
+def with_transcript(text: str) -> str:
+    """A page with the conversation between its markers; any other page as it is."""
+    return TRANSCRIPT.sub(lambda found: f"{found[1]}```text\n{transcript()}```\n{found[2]}", text)
+
+
 def pages() -> dict[Path, str]:
     """Every page with a generated part, as it has to be."""
     written = {ROOT / "docs" / "cli.md": cli_reference()}
     by_hand = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return {page: with_quotes(page.read_text(encoding="utf-8")) for page in by_hand if page not in written} | written
+    read = {page: page.read_text(encoding="utf-8") for page in by_hand if page not in written}
+    return {page: with_transcript(with_quotes(text)) for page, text in read.items()} | written
 
 
 def main() -> None:
