@@ -70,7 +70,7 @@ def main() -> None:
     runners = {"cabochon": ours(options.folder), "transformers": theirs(options.folder)}
     ids = torch.randint(200, 4000, (options.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     timings: dict[str, list[Timing]] = {name: [] for name in runners}
-    for name, run in runners.items():
+    for run in runners.values():
         run(ids[:8], 2)  # the first pass over the weights brings them into memory
     for _ in range(options.rounds):
         for name, run in runners.items():

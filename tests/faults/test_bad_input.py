@@ -152,7 +152,11 @@ def test_the_folder_is_sound_before_it_is_broken(folder: Path, capsys: pytest.Ca
     ids=str,
 )
 def test_bad_requests(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], expected: int
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    expected: int,
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     code, out, errors = answer(capsys, *arguments)

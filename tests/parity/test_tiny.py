@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import relative_error
 
 import cabochon
 from cabochon.lm import LM
 from cabochon.text.chat import Message, encode_chat
 from cabochon.weights.hub import built_in
+from support import relative_error
 
 CHATS: list[list[Message]] = [
     [{"role": "user", "content": "What is 347 + 586?"}],

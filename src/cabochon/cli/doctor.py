@@ -110,11 +110,15 @@ def _print(
     models = Table("model", "weights and cache, bf16", "fits", "tokens/s at most", title="what runs here")
     for name, told in sizes.items():
         fits = "yes" if told["fits"] else "no"
-        models.add_row(name, f"{told['needs_gib']:g} GiB", fits, f"{told['tokens_per_second_at_most']:,.0f}")
+        models.add_row(name, f"{told['needs_gib']:g} GiB", fits, _rate(float(told["tokens_per_second_at_most"])))
     console = Console()
     for table in (facts, attention, models):
         console.print(table)
     console.print(f"best here: {recommend(sizes)}, in bfloat16 on {device}")
+
+
+def _rate(tokens: float) -> str:
+    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.1f}"
 
 
 _USED = {

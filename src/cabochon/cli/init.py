@@ -1,15 +1,13 @@
 """`cabochon init`: a model folder with random weights."""
 
 import json as json_format
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from cabochon.base.errors import MissingResource
-from cabochon.cli.options import Json, folder_argument
+from cabochon.cli.options import Json, check_disk, folder_argument
 from cabochon.model.config import Gemma2Config
 
 
@@ -30,7 +28,7 @@ def init(
     """
     config, folder = Gemma2Config.preset(preset), folder_argument(out, "--out")
     size = config.num_parameters * (2 if dtype == "bfloat16" else 4)
-    _check_disk(folder, size)
+    check_disk(folder, size, "free some space, or choose another disk with --out")
     print(f"making {config.num_parameters:,} weights, {size / 2**30:.2f} GiB", file=sys.stderr)
     _write(config, folder, seed, dtype, overwrite)
     answer = {"folder": str(folder), "parameters": config.num_parameters, "bytes": size}
@@ -43,14 +41,3 @@ def _write(config: Gemma2Config, folder: Path, seed: int, dtype: str, overwrite:
     from cabochon.weights.init import init_folder
 
     init_folder(config, folder, dtype=getattr(torch, dtype), seed=seed, overwrite=overwrite)
-
-
-def _check_disk(folder: Path, size: int) -> None:
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise MissingResource(
-            f"{folder} does not fit on the disk",
-            f"the model takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free",
-            "free some space, or choose another disk with --out",
-        )

@@ -24,6 +24,7 @@ COMMANDS = {
     "show": ("cabochon.cli.show:show", "[MODEL]", "Describe a model without loading its weights."),
     "doctor": ("cabochon.cli.doctor:doctor", "", "Check what this machine can run, and that it is exact."),
     "bench": ("cabochon.cli.bench:bench", "[MODEL]", "Measure how fast a model runs on this machine."),
+    "quantize": ("cabochon.cli.quantize:quantize", "SRC DST --bits 8|4", "Write a model with 8- or 4-bit weights."),
     "init": ("cabochon.cli.init:init", "--preset SIZE --out FOLDER", "Make a model with random weights."),
 }
 

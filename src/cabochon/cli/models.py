@@ -18,4 +18,5 @@ def list_models(*, json: Json = False) -> None:
         print(json_format.dumps(models, default=str))
         return
     for model in models:
-        print("  ".join(str(value) for value in model.values()))
+        size = f"{model['nbytes'] / 1e9:.2f} GB"
+        print("  ".join(str(value) for value in (model["name"], size, model["revision"], model["path"]) if value))

@@ -1,12 +1,13 @@
 """Flags that several commands share."""
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from cabochon.base.errors import UsageError
+from cabochon.base.errors import MissingResource, UsageError
 
 if TYPE_CHECKING:
     from cabochon.lm import LM
@@ -36,13 +37,27 @@ class DeviceOptions:
 
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
-        Parameter(help="Precision of the weights; auto: as they are stored."),
+        Parameter(help="Precision of float weights; auto: as they are stored."),
+    ] = "auto"
+    weights: Annotated[
+        Literal["auto", "bf16", "int8", "int4"],
+        Parameter(help="Form of the weights; int8 and int4 round them while loading, in 1/2 and 1/4 of the memory."),
     ] = "auto"
     device: Annotated[str | None, Parameter(help="cpu, cuda, cuda:1, ...; left out: the best one here.")] = None
     softcap: Annotated[
         Literal["on", "off"],
         Parameter(help="off leaves the cap on attention out: faster in places, other answers."),
     ] = "on"
+    draft: Annotated[
+        str | None,
+        Parameter(help="A smaller model with the same tokenizer, to guess tokens ahead; answers stay as they are."),
+    ] = None
+    speculate: Annotated[
+        bool, Parameter(negative="", help="Guess tokens from what was said before; answers stay as they are.")
+    ] = False
+    ignore_memory: Annotated[
+        bool, Parameter(negative="", help="Try to load a model that is larger than the free memory.")
+    ] = False
 
 
 @Parameter(name="*", group="How the answer is drawn")
@@ -77,12 +92,48 @@ class SamplingOptions:
         return chosen
 
 
+@Parameter(name="*", group="What the answer has to be")
+@dataclass(frozen=True, kw_only=True)
+class ConstraintOptions:
+    """A form that the answer is held to, token by token; one of the three."""
+
+    json_schema: Annotated[str | None, Parameter(help="JSON of this schema; @FILE reads it, {} takes any.")] = None
+    regex: Annotated[str | None, Parameter(help="Text that matches this expression as a whole.")] = None
+    choice: Annotated[
+        tuple[str, ...], Parameter(negative="", help="One of these texts. Repeat it, once for each.")
+    ] = ()
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `LM.generate`. Raises `UsageError` for a file that cannot be read."""
+        chosen = {name: value for name, value in asdict(self).items() if value}
+        schema = chosen.get("json_schema", "")
+        if schema.startswith("@"):
+            try:
+                chosen["json_schema"] = Path(schema[1:]).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                cause = getattr(error, "strerror", None) or "it is not UTF-8 text"
+                raise UsageError(
+                    f"the schema {schema[1:]} cannot be read", cause, "check the path behind the @"
+                ) from None
+        return chosen
+
+
 def load_lm(model: str | None, hub: HubOptions, device: DeviceOptions) -> "LM":
     """The model that the flags describe. The first thing in a command that costs more than an instant."""
     from cabochon.lm import load
 
     dtype = None if device.dtype == "auto" else device.dtype
-    return load(model, dtype=dtype, device=device.device, softcap=device.softcap == "on", **asdict(hub))
+    return load(
+        model,
+        dtype=dtype,
+        weights=device.weights,
+        device=device.device,
+        softcap=device.softcap == "on",
+        check_memory=not device.ignore_memory,
+        speculate=device.speculate,
+        draft=device.draft,
+        **asdict(hub),
+    )
 
 
 def text_argument(value: str, name: str) -> str:
@@ -96,6 +147,18 @@ def text_argument(value: str, name: str) -> str:
             "check the encoding of the terminal, or pass the text through a file and `-`",
         ) from None
     return value
+
+
+def check_disk(folder: Path, size: int, hint: str) -> None:
+    """Raises `MissingResource` when fewer than `size` bytes are free where a folder is to be written."""
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise MissingResource(
+            f"{folder} does not fit on the disk",
+            f"the model takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free",
+            hint,
+        )
 
 
 def folder_argument(value: Path, name: str) -> Path:

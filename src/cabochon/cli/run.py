@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from cabochon.base.errors import BadInput, UsageError, nearest
 from cabochon.cli.options import (
+    ConstraintOptions,
     DeviceOptions,
     HubOptions,
     Json,
@@ -20,7 +21,7 @@ from cabochon.cli.options import (
 )
 from cabochon.cli.stdin import decode
 
-OPTIONS = (HubOptions, DeviceOptions, SamplingOptions)
+OPTIONS = (HubOptions, DeviceOptions, SamplingOptions, ConstraintOptions)
 Words = Annotated[
     str,
     # With the hyphen allowed a lone "-" gets here; so do misspelled options, which `_refuse_option` takes out.
@@ -40,6 +41,7 @@ def run(
     hub: HubOptions = HubOptions(),
     device: DeviceOptions = DeviceOptions(),
     sampling: SamplingOptions = SamplingOptions(),
+    constraint: ConstraintOptions = ConstraintOptions(),
 ) -> None:
     """Print the answer to one prompt.
 
@@ -50,11 +52,13 @@ def run(
     Example: cabochon run google/gemma-2-2b --raw "The capital of France is"
 
     Example: cabochon run - < question.txt
+
+    Example: cabochon run "Is the sky blue?" --choice yes --choice no
     """
     model, prompt = _model_and_prompt(words)
     if raw and system_prompt:
         raise UsageError("--raw takes no --system-prompt", "plain text has no turns", "put the text into the prompt")
-    settings = sampling.arguments()
+    settings = sampling.arguments() | constraint.arguments()
     lm = load_lm(model, hub, device)
     chatting = not raw and lm.text_tokenizer.start_of_turn_id is not None
     question: Any = _turn(prompt, system_prompt) if chatting else prompt

@@ -19,13 +19,19 @@ def show(model: Model = None, /, *, json: Json = False, hub: HubOptions = HubOpt
     """
     from cabochon.weights.folder import load_config
     from cabochon.weights.hub import resolve
+    from cabochon.weights.scheme import Scheme
+    from cabochon.weights.verify import load_scheme
 
     folder = resolve(model, weights=False, **asdict(hub))
-    config = load_config(folder)
+    config, scheme = load_config(folder), load_scheme(folder)
     facts = {
         "folder": str(folder),
         "parameters": config.num_parameters,
+        "quantization": asdict(scheme) if scheme else None,
+        "weights_bytes": scheme.nbytes(config) if scheme else None,
         "weights_bytes_bfloat16": 2 * config.num_parameters,
+        "weights_bytes_int8": Scheme(8).nbytes(config),
+        "weights_bytes_int4": Scheme(4).nbytes(config),
         "cache_bytes_at_full_context": config.cache_bytes(config.max_position),
         "tokenizer_pieces": _pieces(folder),
         "config": asdict(config),
@@ -55,10 +61,20 @@ def _in_words(facts: dict[str, Any], config: Gemma2Config) -> str:
         "vocabulary": f"{config.vocab_size:,}",
         "tokenizer": f"{pieces:,} pieces" if pieces else "none: text commands need one",
         "context": f"{config.max_position:,} tokens",
-        "weights": f"{_size(facts['weights_bytes_bfloat16'])} in bfloat16",
+        "weights": _weights(facts),
         "cache": f"{_size(facts['cache_bytes_at_full_context'])} for one conversation of full length",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
+
+
+def _weights(facts: dict[str, Any]) -> str:
+    """Their size as they are; of float weights in each form that they can be loaded in."""
+    found = facts["quantization"]
+    if found:
+        form = f"{found['bits']} bits, groups of {found['group']}, {found['method']}"
+        return f"{_size(facts['weights_bytes'])} in {form}"
+    sizes = (f"{_size(facts[f'weights_bytes_{form}'])} in {form}" for form in ("bfloat16", "int8", "int4"))
+    return ", ".join(sizes)
 
 
 def _size(count: int) -> str:

@@ -103,7 +103,10 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request now; its memory is free when this returns. Without effect on one that has ended."""
+        """End a request now. Its memory goes to whoever asks next; until then later prompts can find what it held.
+
+        Without effect on one that has ended.
+        """
         if not request.done:
             self._end(request)
 
@@ -131,9 +134,10 @@ class Engine:
                 work.sequence.advance(work.sequence.length + work.count)
             else:
                 sampled += self._take(work, logits)
-            self._remember(work.request)
             if work.request.done:
                 self._end(work.request)
+            else:
+                self._remember(work.request)
         return sampled
 
     def _admit(self) -> None:
@@ -254,6 +258,7 @@ class Engine:
 
     def _end(self, request: Request) -> None:
         request.done = True
+        self._remember(request)
         if request in self.active:
             self.active.remove(request)
         elif request in self.waiting:

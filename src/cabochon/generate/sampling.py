@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cabochon.base.errors import UsageError
+from cabochon.generate.grammar import Constraint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class SamplingParams:
     seed: int | None = None  # None: another answer every time
     n: int = 1  # answers to the same prompt
     logprobs: int | None = None  # alternatives to report for each token; 0 reports only the token's own
+    constraint: Constraint | None = None  # what the answer has to look like
 
     def __post_init__(self) -> None:
         rules = {

@@ -1,13 +1,14 @@
 """Answers on their way: requests of the engine turned into text, piece by piece."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cabochon.base.errors import UsageError, nearest
 from cabochon.generate.engine import Engine
-from cabochon.generate.request import Request, Sampled
+from cabochon.generate.grammar import Constraint
+from cabochon.generate.request import Matcher, Request, Sampled
 from cabochon.generate.sampling import SamplingParams, TokenLogprob
 from cabochon.text.detokenize import StreamDecoder
 from cabochon.text.tokenizer import Tokenizer
@@ -35,9 +36,15 @@ class Completion:
     usage: Usage
 
 
+_CONSTRAINTS = ("json_schema", "regex", "choice")
+
+
 def sampling_params(**sampling: Any) -> SamplingParams:
-    """`SamplingParams` from keywords, with an error that names the nearest field for an unknown one."""
-    names = [f.name for f in fields(SamplingParams)]
+    """`SamplingParams` from keywords, with an error that names the nearest field for an unknown one.
+
+    `json_schema` (JSON text, a dict or a pydantic model; True for any object), `regex` and `choice` make a constraint.
+    """
+    names = [*(f.name for f in fields(SamplingParams)), *_CONSTRAINTS]
     for name in sampling:
         if name not in names:
             close = nearest(name, names)
@@ -50,6 +57,14 @@ def sampling_params(**sampling: Any) -> SamplingParams:
         sampling["stop"] = tuple(sampling["stop"])
     elif isinstance(sampling.get("stop"), str):
         sampling["stop"] = (sampling["stop"],)
+    wanted = {name: sampling.pop(name) for name in _CONSTRAINTS if sampling.get(name) is not None}
+    if wanted:
+        schema = wanted.pop("json_schema", None)
+        if schema is not None and not wanted:
+            sampling["constraint"] = Constraint.json(None if schema is True else schema)
+        else:
+            choice = tuple(wanted.pop("choice", ()))
+            sampling["constraint"] = Constraint(json_schema=None if schema is None else "{}", choice=choice, **wanted)
     return SamplingParams(**{"max_new_tokens": 256, **sampling})
 
 
@@ -84,7 +99,12 @@ class Answers:
     """Answers to several prompts at once, `params.n` neighbouring ones for each."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]], params: SamplingParams
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        matcher: Callable[[], Matcher] | None = None,
     ) -> None:
         self._engine, self._params, self._started = engine, params, time.perf_counter()
         self._rows: list[_Row] = []
@@ -92,7 +112,8 @@ class Answers:
             for prompt in prompts:
                 for choice in range(params.n):
                     decoder = StreamDecoder(tokenizer, params.stop) if tokenizer else None
-                    self._rows.append(_Row(engine.submit(prompt, params, choice), decoder))
+                    request = engine.submit(prompt, params, choice, matcher() if matcher else None)
+                    self._rows.append(_Row(request, decoder))
         except BaseException:
             self.cancel()
             raise

@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 
 from cabochon.base.errors import MissingResource, UsageError
+from cabochon.generate.speculate import DraftModel, PromptLookup, Speculator
 from cabochon.lm.model import LM
-from cabochon.text.tokenizer import load_tokenizer
+from cabochon.model.gemma2 import Gemma2
+from cabochon.text.tokenizer import Tokenizer, load_tokenizer
 from cabochon.weights.folder import load_model
 from cabochon.weights.hub import resolve
 
@@ -15,34 +17,66 @@ def load(
     model: str | Path | None = None,
     *,
     dtype: str | torch.dtype | None = None,
+    weights: str = "auto",
     device: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
     softcap: bool = True,
+    check_memory: bool = True,
+    speculate: bool = False,
+    draft: str | Path | None = None,
 ) -> LM:
     """Load a model for use.
 
     Args:
         model: a folder, a Hub id such as "google/gemma-2-9b-it", or None for the model that ships inside.
-        dtype: "bfloat16" or "float32"; None keeps what the folder stores.
+        dtype: of float weights: "bfloat16" or "float32"; None keeps what the folder stores.
+        weights: "auto" as they are stored, "bf16", or "int8" and "int4", which round to the nearest while loading.
+            Better 4-bit weights, and the fastest loading, come from a folder that `cabochon quantize` wrote.
         device: "cpu", "cuda", "cuda:1"; None takes a GPU when there is one.
         revision, token, offline: for the Hub: a branch, tag or commit; an access token; use only what is here.
         softcap: False leaves the soft cap on attention scores out, which is faster in places and another
             model than the one that was trained: an explicit choice, for inference only.
+        check_memory: False tries to load a model that is larger than the free memory.
+        speculate: guess tokens from what was said before; worth it where answers repeat their prompts.
+        draft: a smaller model over the same tokenizer that guesses tokens, as a folder or a Hub id. Answers stay the
+            same either way, only faster or slower.
 
     Raises:
+        UsageError: the stored weights cannot become what was asked for.
         BadInput, MissingResource: the folder or the Hub cannot give a whole, sound model.
     """
     folder = resolve(model, revision=revision, token=token, offline=offline)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    net = load_model(folder, dtype=_dtype(dtype), device=where, softcap=softcap).eval()
+    net = load_model(
+        folder, dtype=_dtype(dtype), weights=weights, device=where, softcap=softcap, check_memory=check_memory
+    ).eval()
+    tokenizer = _tokenizer(folder, net)
+    speculator: Speculator | None = PromptLookup() if speculate else None
+    if draft is not None:
+        found = resolve(draft, token=token, offline=offline)
+        speculator = DraftModel(load_model(found, weights=weights, device=where, softcap=softcap).eval(), net)
+        _check_same_pieces(tokenizer, _tokenizer(found, speculator.model), found)
+    return LM(net, tokenizer, speculator=speculator)
+
+
+def _tokenizer(folder: Path, net: Gemma2) -> Tokenizer | None:
     try:
         tokenizer = load_tokenizer(folder)
     except MissingResource:  # only text calls need one
-        return LM(net)
+        return None
     tokenizer.check_fits(net.config.vocab_size)
-    return LM(net, tokenizer)
+    return tokenizer
+
+
+def _check_same_pieces(ours: Tokenizer | None, theirs: Tokenizer | None, folder: Path) -> None:
+    if ours and theirs and any(ours.token_bytes(i) != theirs.token_bytes(i) for i in range(ours.vocab_size)):
+        raise UsageError(
+            f"{folder} cannot guess for this model",
+            "its tokenizer has other pieces under the same numbers",
+            "choose a smaller model with the same tokenizer",
+        )
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cabochon.base.errors import BadInput, MissingResource, UsageError
+from cabochon.generate.constrain import Grammars
 from cabochon.generate.engine import Engine, EngineConfig
 from cabochon.generate.sampling import SamplingParams
 from cabochon.generate.speculate import Speculator
@@ -49,6 +50,11 @@ class LM:
         stop_ids = frozenset(self.config.eos_ids) | ours
         return Engine(self.model, stop_ids, self.engine_config, self.speculator)
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What turns a constraint into what may come next, for this tokenizer."""
+        return Grammars(self.text_tokenizer, self.config.vocab_size, self.engine.stop_ids)
+
     @property
     def config(self) -> Gemma2Config:
         """The model's numbers."""
@@ -64,7 +70,8 @@ class LM:
 
         Args:
             prompt: a text, a list of token ids, or a list of either.
-            sampling: fields of `SamplingParams`, such as max_new_tokens=32, temperature=0.7, seed=1, n=2.
+            sampling: fields of `SamplingParams`, such as max_new_tokens=32, temperature=0.7, seed=1, n=2; or what the
+                answer has to be: json_schema={...}, regex="[0-9]+" or choice=["yes", "no"].
 
         Returns:
             A `Completion` for one prompt, else a list; with n > 1 the n answers of a prompt are neighbours.
@@ -167,7 +174,9 @@ class LM:
 
     def _answers(self, prompts: Sequence[list[int]], params: SamplingParams) -> Answers:
         tokenizer = self.text_tokenizer if params.stop else self.tokenizer
-        return Answers(self.engine, tokenizer, prompts, params)
+        wanted = params.constraint
+        matcher = None if wanted is None else partial(self.grammars.compile, wanted)
+        return Answers(self.engine, tokenizer, prompts, params, matcher)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         empty = not prompt.strip() if isinstance(prompt, str) else not len(prompt)

@@ -145,6 +145,10 @@ def test_cancelling_frees_memory_at_once(model: Gemma2) -> None:
         engine.cancel(request)
         engine.cancel(request)
     assert engine.idle and running.done
+    assert engine.pool.pages - engine.pool.free == sum(len(n.pages) for n in engine.prefixes._order.values())
+    again = engine.submit(running.tokens, SamplingParams(max_new_tokens=1))
+    run(engine)
+    assert again.reused == len(running.tokens) - 1  # what was cut short is not computed again either
     assert left_over(engine) == 0
 
 

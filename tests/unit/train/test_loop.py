@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import SMALL, random_ids, small_model
 
 from cabochon.base.errors import UsageError
 from cabochon.data.pack import IGNORED, Batch
@@ -14,6 +13,7 @@ from cabochon.model.gemma2 import Gemma2
 from cabochon.model.head import token_losses
 from cabochon.train.config import TrainConfig
 from cabochon.train.loop import Progress, batch_loss, schedule, train
+from support import SMALL, random_ids, small_model
 
 
 def batch(seed: int = 0) -> Batch:
