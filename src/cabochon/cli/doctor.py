@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 READING_SPEED = 5  # tokens per second
+FORMS = {"bf16": 16, "int8": 8, "int4": 4.375}  # bits of a weight; int4 with a scale and a zero for each group of 64
 
 
 def doctor(*, json: Json = False) -> int:
@@ -26,7 +27,11 @@ def doctor(*, json: Json = False) -> int:
     machine = inspect()
     device = "cuda" if machine.has_gpu else "cpu"
     proofs = prove_all(device)
-    sizes = {name: run_estimate(machine, Gemma2Config.preset(name)) for name in PRESETS}
+    sizes = {
+        f"{name} {form}": run_estimate(machine, Gemma2Config.preset(name), bits)
+        for name in PRESETS
+        for form, bits in FORMS.items()
+    }
     if json:
         print(json_format.dumps({"machine": asdict(machine), "attention": proofs, "sizes": sizes}))
     else:
@@ -60,13 +65,13 @@ def prove_all(device: str) -> dict[str, dict[str, list[str]]]:
         return {name: {str(d).removeprefix("torch."): judge(name, d) for d in dtypes} for name in backends}
 
 
-def run_estimate(machine: "Machine", config: Gemma2Config) -> dict[str, float | bool | str]:
-    """Whether a model fits in bf16, and the most tokens per second that memory reads allow.
+def run_estimate(machine: "Machine", config: Gemma2Config, bits: float) -> dict[str, float | bool | str]:
+    """Whether a model fits with so many bits a weight, and the most tokens per second that memory reads allow.
 
     Every token reads every weight once; a cache of one full conversation has to fit beside them.
     """
     memory = machine.gpu_memory or machine.free_memory
-    weights = 2 * config.num_parameters
+    weights = config.num_parameters * bits / 8
     need = weights + config.cache_bytes(config.max_position)
     return {
         "needs_gib": round(need / GIB, 2),
@@ -76,11 +81,15 @@ def run_estimate(machine: "Machine", config: Gemma2Config) -> dict[str, float | 
 
 
 def recommend(sizes: dict[str, dict[str, float | bool | str]]) -> str:
-    """The largest model that fits and can be read along with, else the smallest that fits."""
-    fits = [name for name, told in sizes.items() if told["fits"] and name != "tiny"]
+    """The largest model, in its most exact form, that fits and can be read along with; else the smallest that fits."""
+    fits = [name for name, told in sizes.items() if told["fits"] and not name.startswith("tiny")]
     brisk = [name for name in fits if float(sizes[name]["tokens_per_second_at_most"]) >= READING_SPEED]
-    chosen = brisk[-1:] or fits[:1]
-    return f"Gemma 2 {chosen[0]}" if chosen else "the model that ships inside"
+    if not fits:
+        return "the model that ships inside"
+    if not brisk:
+        return f"Gemma 2 {min(fits, key=lambda name: float(sizes[name]['needs_gib']))}"
+    size = brisk[-1].split()[0]
+    return f"Gemma 2 {next(name for name in brisk if name.startswith(size))}"
 
 
 def _print(
@@ -107,14 +116,14 @@ def _print(
         verdicts = [f"wrong: {', '.join(wrong)}" if wrong else "exact" for wrong in found.values()]
         attention.add_row(name, *verdicts, _USED[name])
 
-    models = Table("model", "weights and cache, bf16", "fits", "tokens/s at most", title="what runs here")
+    models = Table("model", "weights and cache", "fits", "tokens/s at most", title="what runs here")
     for name, told in sizes.items():
         fits = "yes" if told["fits"] else "no"
         models.add_row(name, f"{told['needs_gib']:g} GiB", fits, _rate(float(told["tokens_per_second_at_most"])))
     console = Console()
     for table in (facts, attention, models):
         console.print(table)
-    console.print(f"best here: {recommend(sizes)}, in bfloat16 on {device}")
+    console.print(f"best here: {recommend(sizes)}, on {device}")
 
 
 def _rate(tokens: float) -> str:

@@ -242,3 +242,29 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "bandwidth", "best"),
+    [
+        (4, 30e9, "2b int8"),
+        (24, 30e9, "9b int4"),
+        (24, 100e9, "27b int4"),
+        (12, 100e9, "9b int8"),
+        (200, 900e9, "27b bf16"),
+        (24, 4e9, "2b int4"),
+        (1, 30e9, "ships inside"),
+    ],
+)
+def test_doctor_recommends_what_fits_and_can_be_read_along_with(free_gib: int, bandwidth: float, best: str) -> None:
+    from cabochon.base.machine import Machine
+    from cabochon.cli.doctor import FORMS, recommend, run_estimate
+    from cabochon.model.config import PRESETS, Gemma2Config
+
+    machine = Machine("", 2, (), free_gib * 2**30, free_gib * 2**30, (), 0, bandwidth)
+    sizes = {
+        f"{name} {form}": run_estimate(machine, Gemma2Config.preset(name), bits)
+        for name in PRESETS
+        for form, bits in FORMS.items()
+    }
+    assert best in recommend(sizes)
