@@ -44,8 +44,8 @@ No other data, no other model. Seed {seed}; torch {torch}, {threads} thread(s).
 |---|---|---|---|---|
 {stages}
 
-Next-token cross-entropy; in the chat stage on the model's turns, and on a quarter of rows of running text, lest it
-be forgotten. Muon for matrices, AdamW for the rest, bfloat16 products over float32 weights. The time is that of a
+Next-token cross-entropy; in the last two stages on the model's turns, and on some rows of running text, lest
+it be forgotten. Muon for matrices, AdamW for the rest, bfloat16 products over float32 weights. The time is that of a
 shared machine of two cores. The steps of a rebuild on another processor or another Python differ in rounding or in
 data, and so will its scores, a little.
 

@@ -31,8 +31,11 @@ def score(lm: LM, sums: int = 600, knocks: int = 50) -> dict[str, float]:
         _right(lm, [_ask(f.question) for f in questions], questions, facts.is_correct)
     )
     turns = miniature.held_out_jokes(knocks)
-    found["knock-knock turns in the right form"] = _mean(
-        _right(lm, [k.messages for k in turns], turns, jokes.is_correct)
+    answers = replies(lm, [k.messages for k in turns])
+    pairs = list(zip(turns, answers, strict=True))
+    found["knock-knock turns in the right form"] = _mean([jokes.is_in_form(k, reply) for k, reply in pairs])
+    found["made-up names repeated to the letter"] = _mean(
+        [jokes.is_correct(k, reply) for k, reply in pairs if k.expected[0].endswith(" who?")]
     )
     return found | {
         f"bits per byte, {kind}": bits_per_byte(lm, texts) for kind, texts in miniature.held_out_texts().items()

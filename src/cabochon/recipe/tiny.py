@@ -43,8 +43,16 @@ STAGES: dict[str, TrainConfig] = {
                             decay_share=0.0, warmup_steps=5),
     "chat": TrainConfig(steps=1500, rows=8, length=384, learning_rate=2e-3, matrix_learning_rate=1.5e-2,
                         decay_share=0.7),
+    "polish": TrainConfig(steps=750, rows=8, length=384, learning_rate=2e-3, matrix_learning_rate=1.5e-2,
+                          decay_share=0.9, final_share=0.01),
 }  # fmt: skip
-TEXT_ROWS = 2  # of the chat stage: without running text among them the model forgets all that is not chat
+# Rows of running text in each batch of the last stages: without them the model forgets all that is not chat.
+TEXT_ROWS = {"chat": 2, "polish": 1}
+JOKES = {
+    "chat": 0.21,
+    "polish": 0.35,
+    "names": 0.6,
+}  # share of jokes among the chats: repeating any name is what is learned last
 
 
 def build(out: Path, work: Path) -> None:
@@ -93,14 +101,14 @@ def new_model() -> Gemma2:
 
 def batches(stage: str, config: TrainConfig, tokenizer: Tokenizer, seed: int) -> Iterator[Batch]:
     """The endless data of a stage."""
-    chatting = stage == "chat"
+    text_rows = TEXT_ROWS.get(stage, config.rows)
     texts = itertools.chain.from_iterable(miniature.pretraining_documents(s) for s in itertools.count(seed))
     pages = (text_example(tokenizer, text) for text in texts)
-    text_batches = pack(pages, TEXT_ROWS if chatting else config.rows, config.length, split=True)
-    if not chatting:
+    text_batches = pack(pages, text_rows, config.length, split=True)
+    if stage not in TEXT_ROWS:
         return text_batches
-    talks = (chat_example(tokenizer, c) for c in miniature.conversations(seed))
-    return map(stack, pack(talks, config.rows - TEXT_ROWS, config.length, split=False), text_batches)
+    talks = (chat_example(tokenizer, c) for c in miniature.conversations(seed, jokes_share=JOKES[stage]))
+    return map(stack, pack(talks, config.rows - text_rows, config.length, split=False), text_batches)
 
 
 def _run_stage(name: str, config: TrainConfig, model: Gemma2, tokenizer: Tokenizer, work: Path) -> None:

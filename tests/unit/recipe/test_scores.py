@@ -15,6 +15,7 @@ REQUIRED = {
     "times tables up to 12": 0.9,
     "facts of the small world": 0.95,
     "knock-knock turns in the right form": 1.0,
+    "made-up names repeated to the letter": 0.9,
 }
 
 

@@ -15,16 +15,16 @@ from cabochon.text.chat import Message
 SHARES = {"arithmetic": 52, "facts": 24, "pirate": 9, "smalltalk": 15}
 
 
-def conversations(seed: int) -> Iterator[list[Message]]:
+def conversations(seed: int, *, jokes_share: float = 0.21) -> Iterator[list[Message]]:
     """An endless stream of chats. One in five is a joke, one in six strings several exchanges together."""
     random_ = random.Random(f"conversations {seed}")
     while True:
         kind = random_.random()
-        if kind < 0.16:
+        if kind < 0.76 * jokes_share:
             yield jokes.from_user(random_)
-        elif kind < 0.21:
+        elif kind < jokes_share:
             yield jokes.from_model(random_)
-        elif kind < 0.38:
+        elif kind < jokes_share + 0.17:
             yield _mixed(random_)
         else:
             yield jokes.as_turns(list(exchange(random_)))

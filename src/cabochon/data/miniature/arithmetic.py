@@ -63,10 +63,10 @@ def is_held_out(problem: Problem, way: int) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] < 26
 
 
-def draw(random: random.Random, *, held_out: bool = False, negative: float = 0.12) -> tuple[Problem, int]:
+def draw(random: random.Random, *, held_out: bool = False, negative: float = 0.2) -> tuple[Problem, int]:
     """A problem and a way to ask for it, from training's share or from what is held out."""
     while True:
-        operation = random.choices(("add", "sub", "mul"), (43, 43, 14))[0]
+        operation = random.choices(("add", "sub", "mul"), (37, 38, 25))[0]
         if operation == "mul":
             a, b = random.randint(0, 12), random.randint(0, 12)
         else:

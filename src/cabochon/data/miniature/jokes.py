@@ -6,6 +6,7 @@ up, and the held-out ones are made up from syllables that training never puts to
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass
 
 from cabochon.text.chat import Message
@@ -133,6 +134,12 @@ def held_out(random: random.Random) -> list[Knock]:
         Knock(as_turns(telling[:3]), tuple(f"{n}." for n, _ in PUNCH_LINES)),
         Knock(as_turns(telling), (answer,)),
     ]
+
+
+def is_in_form(expected: Knock, reply: str) -> bool:
+    """Whether a reply is a turn that the form allows here; where a name is repeated, whatever became of the name."""
+    who = expected.expected[0].endswith(" who?")
+    return bool(re.fullmatch(r"[A-Z].* who\?", reply.strip())) if who else is_correct(expected, reply)
 
 
 def is_correct(expected: Knock, reply: str) -> bool:
