@@ -10,6 +10,7 @@ from shell import run
 from cabochon.cli.main import COMMANDS
 
 NETWORK, LARGE, TESTS = "needs the network", "writes or reads gigabytes", "runs these very tests"
+FILES = "needs a model and texts of the reader's own"
 NOT_RUN = {
     "make test": TESTS,
     ".venv/bin/cabochon pull google/gemma-2-2b-it": NETWORK,
@@ -17,6 +18,8 @@ NOT_RUN = {
     'cabochon chat google/gemma-2-2b-it --system-prompt "Answer briefly."': NETWORK,
     'cabochon run google/gemma-2-2b --raw "The capital of France is"': NETWORK,
     "cabochon pull google/gemma-2-2b-it": NETWORK,
+    "cabochon quantize google/gemma-2-2b-it gemma-2b-int8 --bits 8": NETWORK,
+    "cabochon quantize my-model my-model-int4 --bits 4 --text my-texts.txt": FILES,
     "cabochon show google/gemma-2-9b-it": NETWORK,
     "cabochon init --preset 2b --out my-model": LARGE,
     "cabochon init --preset 2b --out random-2b && cabochon bench random-2b": LARGE,

@@ -44,7 +44,7 @@ def test_logits_over_the_whole_context(ours: LM, theirs: Any) -> None:
 
 
 def test_256_greedy_tokens(ours: LM, theirs: Any) -> None:
-    ids = ours.text_tokenizer.encode("def main():")
+    ids = ours.text_tokenizer.encode("Return a list of the words in the string, using sep as the delimiter.")
     expected = theirs.generate(
         torch.tensor([ids]), max_new_tokens=256, do_sample=False, eos_token_id=None, pad_token_id=0
     )[0, len(ids) :].tolist()
