@@ -3,11 +3,14 @@
 import json as json_format
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cabochon.base.errors import MissingResource
 from cabochon.cli.options import HubOptions, Json, Model
 from cabochon.model.config import Gemma2Config
+
+if TYPE_CHECKING:
+    from cabochon.weights.scheme import Scheme
 
 GIB = 2**30
 
@@ -36,7 +39,7 @@ def show(model: Model = None, /, *, json: Json = False, hub: HubOptions = HubOpt
         "tokenizer_pieces": _pieces(folder),
         "config": asdict(config),
     }
-    print(json_format.dumps(facts) if json else _in_words(facts, config))
+    print(json_format.dumps(facts) if json else _in_words(facts, config, scheme))
 
 
 def _pieces(folder: Path) -> int | None:
@@ -48,7 +51,7 @@ def _pieces(folder: Path) -> int | None:
         return None
 
 
-def _in_words(facts: dict[str, Any], config: Gemma2Config) -> str:
+def _in_words(facts: dict[str, Any], config: Gemma2Config, scheme: "Scheme | None") -> str:
     pieces = facts["tokenizer_pieces"]
     rows = {
         "folder": facts["folder"],
@@ -61,18 +64,16 @@ def _in_words(facts: dict[str, Any], config: Gemma2Config) -> str:
         "vocabulary": f"{config.vocab_size:,}",
         "tokenizer": f"{pieces:,} pieces" if pieces else "none: text commands need one",
         "context": f"{config.max_position:,} tokens",
-        "weights": _weights(facts),
+        "weights": _weights(facts, scheme),
         "cache": f"{_size(facts['cache_bytes_at_full_context'])} for one conversation of full length",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
 
 
-def _weights(facts: dict[str, Any]) -> str:
+def _weights(facts: dict[str, Any], scheme: "Scheme | None") -> str:
     """Their size as they are; of float weights in each form that they can be loaded in."""
-    found = facts["quantization"]
-    if found:
-        form = f"{found['bits']} bits, groups of {found['group']}, {found['method']}"
-        return f"{_size(facts['weights_bytes'])} in {form}"
+    if scheme:
+        return f"{_size(facts['weights_bytes'])} in {scheme}"
     sizes = (f"{_size(facts[f'weights_bytes_{form}'])} in {form}" for form in ("bfloat16", "int8", "int4"))
     return ", ".join(sizes)
 

@@ -123,8 +123,7 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> None:
         self._tokenizer, self.eos_token_id = tokenizer, min(stop_ids)
-        spelled = (b"" if i in stop_ids else tokenizer.token_bytes(i) for i in range(vocab_size))
-        self.tokens = [b"" if piece == b"\xff" else piece for piece in spelled]  # 0xFF marks control pieces over there
+        self.tokens = [b"" if i in stop_ids else tokenizer.token_bytes(i) for i in range(vocab_size)]
         self._single = {piece[0]: i for i, piece in enumerate(self.tokens) if len(piece) == 1}
         missing = [f"0x{byte:02X}" for byte in _UTF8_BYTES if byte not in self._single]
         if missing:

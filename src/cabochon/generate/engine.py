@@ -32,8 +32,8 @@ class EngineConfig:
 
     cache_bytes: int | None = None  # memory for keys and values; None: up to half of what is free
     max_requests: int = 64  # side by side; the others wait
-    chunk: int = 512  # tokens of prompts read in a step when nobody is waiting for the next token
-    busy_chunk: int = 64  # the same while others are being answered: how long they may be held up
+    chunk: int = 512  # tokens of prompts read in a step while at most half of the requests are being answered
+    busy_chunk: int = 64  # the same while more of them are: how long they may be held up
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ class Engine:
         """What each request has computed in this step, few tokens before many; pages for all of it are reserved."""
         answering = [r for r in self.active if r.missing == 1]
         planned = [(r, (r.generated or r.prompt)[-1:], self._draft(r)) for r in answering]
-        room = self.config.busy_chunk if answering else self.config.chunk
+        few = 2 * len(answering) <= len(self.active)  # then reading helps more than it holds up
+        room = self.config.chunk if few else self.config.busy_chunk
         for request in self.active:
             if request.missing > 1 and room:
                 tokens = request.tokens[-request.missing :][:room]

@@ -66,7 +66,7 @@ def grammar(constraint: Constraint) -> str:
         return json.dumps({"grammars": [{"json_schema": schema}]})
     pattern, limit = constraint.regex, MAX_REGEX
     if pattern is None:
-        escaped = (re.sub(r"[\\.+*?()|\[\]{}^$#&~-]", r"\\\g<0>", text) for text in constraint.choice)
+        escaped = (re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text) for text in constraint.choice)
         pattern, limit = "|".join(escaped), MAX_CHOICE
     if len(pattern) > limit:
         raise unusable(constraint, f"it has more than {limit:,} characters")

@@ -31,7 +31,7 @@ def read_schema(text: str) -> dict[str, Any]:
         schema = json.loads(text, parse_constant=_no_constant)
         if not isinstance(schema, dict):
             raise refused("it is JSON, but not an object", 'write something like {"type": "object"}')
-        json.dumps(schema, allow_nan=False)  # 1e999 was read as infinity
+        json.dumps(schema, allow_nan=False, ensure_ascii=False).encode()  # no infinity (1e999), no half of a character
         nodes = _reachable(schema)
         _check_size(schema, nodes)
         if not _has_end(schema, nodes):
@@ -143,8 +143,6 @@ def _needed(root: dict[str, Any], node: dict[str, Any]) -> Iterator[Any]:
     if isinstance(node.get("$ref"), str):
         yield _follow(root, node["$ref"])
     yield from _list(node.get("allOf"))
-    if "const" in node or "enum" in node:
-        return
     kind = node.get("type")
     if kind in ("object", ["object"], None):
         properties, others = _object(node.get("properties")), node.get("additionalProperties")

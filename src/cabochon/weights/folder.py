@@ -1,6 +1,6 @@
 """Model folders as Hugging Face lays them out: `load_config`, `load_model`, `save_model`, `describe`.
 
-verify (headers only) -> map the files -> tensor by tensor into the target dtype -> Gemma2
+verify (headers only) -> does it fit -> map the files -> tensor by tensor into the wanted form -> Gemma2
 """
 
 import contextlib
@@ -11,51 +11,110 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cabochon.base.errors import BadInput, MissingResource, UsageError
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
-from cabochon.weights.mapped import MappedFile
-from cabochon.weights.names import to_hf
+from cabochon.weights.fit import refuse_too_large
+from cabochon.weights.quantize import rounded, use_packed_layers
+from cabochon.weights.read import TORCH, Reader
 from cabochon.weights.save import save_model
-from cabochon.weights.verify import Checked, load_config, verify
+from cabochon.weights.scheme import Scheme
+from cabochon.weights.verify import Checked, load_config, load_scheme, verify
 
 __all__ = ["Facts", "describe", "load_config", "load_model", "save_model"]
 
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+WEIGHTS = ("auto", "bf16", "int8", "int4")
 
 
 def load_model(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
+    weights: str = "auto",
+    group: int = 0,
     device: str | torch.device = "cpu",
     softcap: bool = True,
+    check_memory: bool = True,
 ) -> Gemma2:
-    """The model in a folder, with weights that may be trained in place; the files are never written to.
+    """The model in a folder. Float weights may be trained in place; the files are never written to.
 
     Args:
         folder: holds config.json and model.safetensors, or the shards that model.safetensors.index.json names.
-        dtype: bfloat16, float32 or float64; None keeps what is stored (the embedding's dtype where they differ).
+        dtype: of float weights: bfloat16, float32 or float64; None keeps what is stored (the embedding's dtype
+            where they differ).
+        weights: "auto" as they are stored, "bf16", or "int8" and "int4", which round float weights to the nearest
+            while loading.
+        group: input channels that share a scale in weights that are quantised here; 0: 128 for int8, 64 for int4.
         device: where the weights go.
         softcap: False leaves the cap on attention scores out: another model, for inference only.
+        check_memory: False tries to load a model that is larger than the free memory.
 
     Raises:
         MissingResource: a file, the device or the memory is not there.
         BadInput: the folder does not hold a sound Gemma 2 model; the cause names the tensors.
-        UsageError: float16 was asked for.
+        UsageError: float16 was asked for, or the stored weights cannot become what was asked for.
     """
     checked = verify(folder)
-    target = dtype or _TORCH[checked.dtype]
-    _refuse_float16(folder, target, asked=dtype is not None)
+    form = _form(folder, checked, dtype, weights, group)
     where = _usable_device(device)
     config = checked.config if softcap else dataclasses.replace(checked.config, attn_softcap=None)
+    if check_memory:
+        refuse_too_large(folder, config, str(form), form.nbytes(config), str(where))
     with torch.device("meta"):
         model = Gemma2(config)
+        if form.scheme:
+            use_packed_layers(model, form.scheme)
     with _explained(folder):
-        model.load_state_dict(_read(checked, target, where), assign=True)
+        reader = Reader(checked)
+        if checked.scheme:
+            tensors = {name: reader.packed(name, where) for name in reader.names()}
+        elif form.scheme:
+            tensors = {name: tensor.to(where) for name, tensor in rounded(reader, config, form.scheme)}
+        else:
+            tensors = {name: reader.load(name, form.dtype, where) for name in reader.names()}
+        reader.check_tied_head()
+        model.load_state_dict(tensors, assign=True)
     return model
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What weights are in memory: floats of a dtype, or quantised."""
+
+    dtype: torch.dtype
+    scheme: Scheme | None
+
+    def nbytes(self, config: Gemma2Config) -> int:
+        return self.scheme.nbytes(config) if self.scheme else config.num_parameters * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.scheme.bits} bits" if self.scheme else _name(self.dtype)
+
+
+def _form(folder: Path, checked: Checked, dtype: torch.dtype | None, weights: str, group: int) -> _Form:
+    """What was asked for, as far as the stored weights can become that."""
+    if weights not in WEIGHTS:
+        raise UsageError(f"no weights named {weights!r}", f"there are {', '.join(WEIGHTS)}", "use one of these")
+    bits = {"int8": 8, "int4": 4}.get(weights)
+    if checked.scheme and weights not in ("auto", f"int{checked.scheme.bits}"):
+        raise UsageError(
+            f"{folder} cannot be loaded with {weights} weights",
+            f"it holds {checked.scheme.bits}-bit weights: what was rounded off is gone",
+            "load it as it is, or load the model that it was made from",
+        )
+    scheme = checked.scheme or (Scheme(bits, group) if bits else None)
+    if dtype is not None and (scheme or (weights == "bf16" and dtype != torch.bfloat16)):
+        raise UsageError(
+            f"{folder} cannot be loaded with {f'{scheme.bits}-bit' if scheme else weights} weights in {_name(dtype)}",
+            "dtype is that of float weights; beside quantised ones everything else is float32",
+            "leave one of the two out",
+        )
+    if scheme:
+        return _Form(torch.float32, scheme)
+    target = dtype or (torch.bfloat16 if weights == "bf16" else TORCH[checked.dtype])
+    _refuse_float16(folder, target, asked=dtype is not None)
+    return _Form(target, None)
 
 
 @dataclass(frozen=True)
@@ -65,7 +124,8 @@ class Facts:
     config: Gemma2Config
     parameters: int
     tokenizer: str | None  # the file that it would be read from
-    dtype: str | None  # as stored: "bfloat16", "float16" or "float32"
+    scheme: Scheme | None  # how the weights are quantised; None: they are floats
+    dtype: str | None  # as stored: "bfloat16", "float16", "float32", "int8" or "int4"
     nbytes: int  # of the weights as stored
     shards: tuple[Path, ...]
 
@@ -73,49 +133,26 @@ class Facts:
 def describe(folder: Path) -> Facts:
     """Facts from the headers alone; the weights need not be there. Raises as `load_model` for an unsound folder."""
     folder = Path(folder)
-    config = load_config(folder)
+    config, scheme = load_config(folder), load_scheme(folder)
     tokenizers = (name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file())
     tokenizer = next(tokenizers, None)
     try:
         checked = verify(folder)
     except MissingResource:  # fetched without its weights, or not all of them are here yet
-        return Facts(config, config.num_parameters, tokenizer, None, 0, ())
-    dtype = str(_TORCH[checked.dtype]).removeprefix("torch.")
+        return Facts(config, config.num_parameters, tokenizer, scheme, None, 0, ())
+    dtype = f"int{scheme.bits}" if scheme else _name(TORCH[checked.dtype])
     nbytes = sum(tensor.nbytes for tensor in checked.tensors.values())
-    return Facts(config, config.num_parameters, tokenizer, dtype, nbytes, tuple(checked.files))
+    return Facts(config, config.num_parameters, tokenizer, scheme, dtype, nbytes, tuple(checked.files))
 
 
-def _read(checked: Checked, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """All parameters by our names, read in the order in which they lie in the files."""
-    files = {path: MappedFile(path) for path in checked.files}
-    order = sorted(checked.tensors.items(), key=lambda item: (item[1].path, item[1].start))
-    weights = {}
-    for name, stored in order:
-        source = files[stored.path].tensor(stored, _TORCH[stored.dtype])
-        weights[name], finite = source.load(dtype, device)
-        if not finite:
-            raise BadInput(
-                f"the weights in {stored.path.parent} cannot be used",
-                f"{to_hf(name)} has values that are infinite or not a number",
-                "training has diverged or the file is damaged: use an earlier checkpoint, or fetch it again",
-            )
-    if checked.tied_head:
-        head, embedding = checked.tied_head, checked.tensors["embedding.weight"]
-        second = MappedFile(head.path).tensor(head, _TORCH[head.dtype])
-        first = files[embedding.path].tensor(embedding, _TORCH[embedding.dtype])
-        if not second.equals(first):
-            raise BadInput(
-                f"the weights in {head.path.parent} are not a Gemma 2 model",
-                "lm_head.weight differs from model.embed_tokens.weight; Gemma 2 has one matrix for both",
-                "remove lm_head.weight if the embedding is what was trained",
-            )
-    return weights
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _refuse_float16(folder: Path, dtype: torch.dtype, *, asked: bool) -> None:
     if dtype in (torch.bfloat16, torch.float32, torch.float64):
         return
-    name = str(dtype).removeprefix("torch.")
+    name = _name(dtype)
     overflow = "Gemma 2's activations go beyond 65504, the largest float16: 27b answers with padding or nothing"
     cause = overflow if dtype is torch.float16 else "weights are computed with in bfloat16 or float32"
     hint = "use bfloat16, which takes the same memory (--dtype bfloat16, dtype=torch.bfloat16), or float32"

@@ -13,6 +13,7 @@ who still map it.
 
 import mmap
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,16 +52,25 @@ class MappedTensor:
         self._announce()
         aligned = self._stored.start % dtype.itemsize == 0  # files that others wrote need not be
         if device.type == "cpu" and dtype == self._flat.dtype and aligned:
-            finite = all(_is_finite(piece) for piece in self._flat.split(PIECE))
+            finite = all(is_finite(piece) for piece in self._flat.split(PIECE))
             return self._flat.view(self._stored.shape), finite
         out, finite, done = torch.empty(len(self._flat), dtype=dtype, device=device), True, 0
         for piece in self._flat.split(PIECE):
             converted = piece.to(dtype)  # what is not finite stays so; a large float32 can become so in bfloat16
-            finite &= _is_finite(converted)
+            finite &= is_finite(converted)
             out[done : done + len(piece)] = converted
             done += len(piece)
             self._let_go(done)
         return out.view(self._stored.shape), finite
+
+    def rows(self, count: int) -> Iterator[Tensor]:
+        """The tensor as stored, `count` rows at a time. What was given last is let go: copy what is to stay."""
+        self._announce()
+        done = 0
+        for piece in self._flat.view(self._stored.shape).split(count):
+            yield piece
+            done += piece.numel()
+            self._let_go(done)
 
     def equals(self, other: "MappedTensor") -> bool:
         """Whether two tensors hold the same values, whatever dtypes they are stored in."""
@@ -82,6 +92,10 @@ class MappedTensor:
                 self._map.madvise(mmap.MADV_DONTNEED, start, length // mmap.PAGESIZE * mmap.PAGESIZE)
 
 
-def _is_finite(values: Tensor) -> bool:
-    """One pass without a temporary: the extremes are not finite when any value is not."""
-    return len(values) == 0 or all(bool(torch.isfinite(extreme)) for extreme in values.aminmax())
+def is_finite(values: Tensor) -> bool:
+    """One pass without a temporary: the extremes are not finite when any value is not. Whole numbers are not read."""
+    return (
+        values.numel() == 0
+        or not values.dtype.is_floating_point
+        or all(bool(torch.isfinite(extreme)) for extreme in values.aminmax())
+    )

@@ -25,11 +25,19 @@ _PER_LAYER = {
     "mlp.down.weight": ("mlp.down_proj.weight", "DF"),
     "post_mlp_norm.weight": ("post_feedforward_layernorm.weight", "D"),
 }
+# What a quantised matrix has beside its weight; in folders the weight's own name leads, as others write it, too.
+_PACKED = {"scale": "weight_scale", "zero": "weight_zero_point"}
 TIED_HEAD = "lm_head.weight"  # a copy of the embedding that some folders hold, under its Hugging Face name
 # Constants that old exporters stored beside the weights; they follow from the configuration.
 _HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq")
 
 _TO_HF = {ours: theirs for ours, (theirs, _) in (_WHOLE | _PER_LAYER).items()}
+_TO_HF |= {
+    ours.removesuffix("weight") + mine: theirs.removesuffix("weight") + other
+    for ours, (theirs, letters) in (_WHOLE | _PER_LAYER).items()
+    if len(letters) == 2
+    for mine, other in _PACKED.items()
+}
 _FROM_HF = {theirs: ours for ours, theirs in _TO_HF.items()}
 _OUR_LAYER = re.compile(r"layers\.(\d+)\.(.+)", re.ASCII)
 _THEIR_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.ASCII)

@@ -1,4 +1,4 @@
-"""Write a model folder that Hugging Face's libraries read: shards, index, configuration, tokenizer files.
+"""Write a model folder in Hugging Face's layout: shards, index, configuration, tokenizer files.
 
 Tensors go to the disk piece by piece, so saving needs no second copy of the model, and a model that is larger than
 memory can be written from a generator (`write_folder`).
@@ -20,13 +20,16 @@ from cabochon.base.errors import MissingResource, UsageError
 from cabochon.base.files import atomic_folder
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
+from cabochon.model.linear import PackedWeight
 from cabochon.weights.names import to_hf
+from cabochon.weights.scheme import KEY, Scheme
 from cabochon.weights.verify import CONFIG, INDEX, SINGLE
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
 PIECE = 2**22  # elements converted and written at once
-_SAFETENSORS = {torch.bfloat16: "BF16", torch.float32: "F32"}
+_FLOATS = (torch.bfloat16, torch.float32)  # what float weights are saved in
+_SAFETENSORS = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,11 @@ class Entry:
     name: str  # as Hugging Face calls it
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[Tensor]]
+    dtype: torch.dtype | None = None  # None: the folder's
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes on the disk."""
-        return torch.Size(self.shape).numel() * dtype.itemsize
+        """Bytes on the disk, in a folder of this dtype."""
+        return torch.Size(self.shape).numel() * (self.dtype or dtype).itemsize
 
 
 def save_model(
@@ -57,26 +61,43 @@ def save_model(
         model: on any device.
         folder: new or empty, unless `overwrite`, which replaces a model folder and nothing else.
         tokenizer_files: file name to content, written unchanged beside the weights.
-        dtype: bfloat16 or float32; None keeps the embedding's.
+        dtype: bfloat16 or float32; None keeps the embedding's. A quantised model is saved as it is.
         shard_bytes: the most bytes of weights in one file (a single tensor may be larger).
 
     Raises:
         UsageError: the folder exists and is in use, or the dtype cannot be stored.
         MissingResource: no space or no permission. Nothing is left behind.
     """
+    scheme = scheme_of(model)
+    if scheme and dtype:
+        raise UsageError(
+            f"{folder} was not written",
+            f"a model of {scheme.bits}-bit weights cannot be saved in {dtype}: what was rounded off is gone",
+            "leave dtype out, or convert the model that it was made from",
+        )
     entries = [
-        Entry(to_hf(name), tuple(parameter.shape), partial(_pieces, parameter))
-        for name, parameter in model.named_parameters()
+        Entry(to_hf(name), tuple(tensor.shape), partial(_pieces, tensor), tensor.dtype if scheme else None)
+        for name, tensor in model.state_dict().items()
     ]
     write_folder(
         folder,
         model.config,
         entries,
-        dtype=dtype or model.embedding.weight.dtype,
+        dtype=dtype or (torch.float32 if scheme else model.embedding.weight.dtype),
+        scheme=scheme,
         tokenizer_files=tokenizer_files,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
     )
+
+
+def scheme_of(model: Gemma2) -> Scheme | None:
+    """How a model's weights are quantised; None: they are floats."""
+    embedding: Any = model.embedding
+    if not isinstance(embedding, PackedWeight):
+        return None
+    packed = next(module for module in model.layers.modules() if isinstance(module, PackedWeight))
+    return Scheme(packed.bits, packed.group, packed.method, embedding.bits)
 
 
 def write_folder(
@@ -85,20 +106,24 @@ def write_folder(
     entries: Iterable[Entry],
     *,
     dtype: torch.dtype,
+    scheme: Scheme | None = None,
     tokenizer_files: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write a model folder from entries that make their values when asked; arguments as in `save_model`."""
+    """Write a model folder from entries that make their values when asked, in order; arguments as in `save_model`.
+
+    With a scheme the entries are those of `layout`, each with its dtype, and `dtype` is what is computed in.
+    """
     folder = Path(folder)
-    if dtype not in _SAFETENSORS:
+    if dtype not in _FLOATS:
         raise UsageError(f"weights cannot be saved in {dtype}", "folders hold bfloat16 or float32", "choose one")
     _check_names(tokenizer_files or {})
     _check_replaces_a_model(folder)
     try:
         with atomic_folder(folder, overwrite=overwrite) as temporary:
             _write_shards(temporary, _shards(entries, dtype, shard_bytes), dtype)
-            for name, document in _documents(config, dtype).items():
+            for name, document in _documents(config, dtype, scheme).items():
                 (temporary / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
             for name, content in (tokenizer_files or {}).items():
                 (temporary / name).write_bytes(content)
@@ -117,7 +142,7 @@ def write_safetensors(file: BinaryIO, entries: Iterable[Entry], dtype: torch.dty
     for entry in entries:
         begin, end = end, end + entry.nbytes(dtype)
         header[entry.name] = {
-            "dtype": _SAFETENSORS[dtype],
+            "dtype": _SAFETENSORS[entry.dtype or dtype],
             "shape": list(entry.shape),
             "data_offsets": [begin, end],
         }
@@ -127,7 +152,7 @@ def write_safetensors(file: BinaryIO, entries: Iterable[Entry], dtype: torch.dty
     for entry in entries:
         written = 0
         for piece in entry.pieces():
-            ready = piece.detach().to("cpu", dtype).contiguous()
+            ready = piece.detach().to("cpu", entry.dtype or dtype).contiguous()
             written += file.write(ready.view(torch.uint8).numpy().data)
         assert written == entry.nbytes(dtype), entry.name
 
@@ -163,13 +188,15 @@ def _write_shards(folder: Path, shards: list[list[Entry]], dtype: torch.dtype) -
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _documents(config: Gemma2Config, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def _documents(config: Gemma2Config, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, dict[str, Any]]:
     name = str(dtype).removeprefix("torch.")
     described = {
         **config.to_hf(),
         "dtype": name,
         "torch_dtype": name,
     }  # transformers 5 reads the first, 4 the second
+    if scheme:
+        described[KEY] = scheme.to_hf()
     generation = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {CONFIG: described, GENERATION: generation}
 

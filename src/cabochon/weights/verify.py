@@ -4,15 +4,17 @@ Everything here reads headers only, so a folder that is wrong is refused before 
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cabochon.base.errors import BadInput, MissingResource
 from cabochon.model.config import Gemma2Config
+from cabochon.weights.bnb import Encoded, claim
 from cabochon.weights.header import MAX_HEADER, Stored, broken, parse_json, read_header
-from cabochon.weights.names import TIED_HEAD, is_harmless, shapes, to_hf
+from cabochon.weights.names import TIED_HEAD, from_hf, is_harmless, shapes, to_hf
+from cabochon.weights.scheme import Scheme, is_bitsandbytes, layout, read_scheme
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MAX_CONFIG = 1 << 20
@@ -27,16 +29,18 @@ class Checked:
     config: Gemma2Config
     tensors: dict[str, Stored]
     tied_head: Stored | None  # a second copy of the embedding, to be compared with it
+    scheme: Scheme | None  # how the weights are quantised; None: they are floats
+    encoded: dict[str, Encoded]  # matrices that bitsandbytes stored, and that become floats; they are not in `tensors`
 
     @property
     def dtype(self) -> str:
-        """The stored dtype, as safetensors spells it; where they differ, the embedding's."""
-        return self.tensors["embedding.weight"].dtype
+        """The stored dtype, as safetensors spells it; where they differ, that of the first tensor (the embedding)."""
+        return next(iter(self.tensors.values())).dtype
 
     @property
     def files(self) -> list[Path]:
         """The safetensors files, in order of name."""
-        return sorted({tensor.path for tensor in self.tensors.values()})
+        return sorted({t.path for t in self.tensors.values()} | {e.weight.path for e in self.encoded.values()})
 
 
 def load_config(folder: Path) -> Gemma2Config:
@@ -44,7 +48,15 @@ def load_config(folder: Path) -> Gemma2Config:
 
     Raises `MissingResource` when there is none, `BadInput` when it cannot be used or is of another architecture.
     """
-    folder = Path(folder)
+    return Gemma2Config.from_hf(_config_json(Path(folder)))
+
+
+def load_scheme(folder: Path) -> Scheme | None:
+    """How the weights in a model folder are quantised; None: they are floats. Raises as `load_config`."""
+    return read_scheme(_config_json(Path(folder)))
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise MissingResource(f"no model in {folder}", "there is no such folder", "check the path")
     if not (folder / CONFIG).is_file():
@@ -53,7 +65,7 @@ def load_config(folder: Path) -> Gemma2Config:
             f"it has no {CONFIG}",
             "name the folder that holds config.json and the weights",
         )
-    return Gemma2Config.from_hf(_read_json(folder / CONFIG, MAX_CONFIG))
+    return _read_json(folder / CONFIG, MAX_CONFIG)
 
 
 def verify(folder: Path) -> Checked:
@@ -62,33 +74,50 @@ def verify(folder: Path) -> Checked:
     Raises:
         MissingResource: a file is not there.
         BadInput: a header or the index is unsound, or tensors are missing, unknown, there twice, of another shape
-            than `config.json` says, or stored in a dtype that is not a float.
+            than `config.json` says, or stored in another form than it says.
     """
     folder = Path(folder)
-    config = load_config(folder)
+    raw = _config_json(folder)
+    config, scheme = Gemma2Config.from_hf(raw), read_scheme(raw)
     stored = _stored_tensors(folder)
     for name in [name for name in stored if is_harmless(name)]:
         del stored[name]
-    tied_head = stored.pop(TIED_HEAD, None)
+    tied_head = stored.pop(TIED_HEAD, None) if scheme is None else None
     _check_layers(folder, config, stored)
-    expected = {to_hf(name): (name, shape) for name, shape in shapes(config)}
+    matrices = {to_hf(name): shape for name, shape in shapes(config) if len(shape) == 2}
+    encoded = claim(stored, matrices) if is_bitsandbytes(raw) else {}
+    expected = {to_hf(t.name): t for t in _expected(config, scheme) if to_hf(t.name) not in encoded}
     _refuse(folder, "lack tensors of this model", [name for name in expected if name not in stored])
     _refuse(folder, "hold tensors that Gemma 2 does not have", [name for name in stored if name not in expected])
-    wanted = {name: shape for name, (_, shape) in expected.items()}
-    found = dict(stored)
+    wanted, found = dict(expected), dict(stored)
     if tied_head:
         wanted[TIED_HEAD], found[TIED_HEAD] = wanted["model.embed_tokens.weight"], tied_head
     _refuse(
         folder,
         "do not have the shapes that config.json gives",
-        [f"{n} {list(found[n].shape)} for {list(s)}" for n, s in wanted.items() if found[n].shape != s],
+        [f"{n} {list(found[n].shape)} for {list(t.shape)}" for n, t in wanted.items() if found[n].shape != t.shape],
     )
     _refuse(
         folder,
-        "are not stored as BF16, F16 or F32",
-        [f"{n} ({t.dtype})" for n, t in found.items() if t.dtype not in FLOATS],
+        "are not stored as BF16, F16 or F32" if scheme is None else "are not stored as their format says",
+        [f"{n} ({found[n].dtype})" for n, t in wanted.items() if found[n].dtype not in t.dtypes],
     )
-    return Checked(config, {ours: stored[theirs] for theirs, (ours, _) in expected.items()}, tied_head)
+    tensors = {tensor.name: stored[theirs] for theirs, tensor in expected.items()}
+    return Checked(config, tensors, tied_head, scheme, {from_hf(name): e for name, e in encoded.items()})
+
+
+@dataclass(frozen=True)
+class _Expected:
+    name: str  # ours
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+def _expected(config: Gemma2Config, scheme: Scheme | None) -> Iterator[_Expected]:
+    if scheme is None:
+        yield from (_Expected(name, shape, FLOATS) for name, shape in shapes(config))
+    else:
+        yield from (_Expected(tensor.name, tensor.shape, (tensor.dtype,)) for tensor in layout(config, scheme))
 
 
 def _stored_tensors(folder: Path) -> dict[str, Stored]:

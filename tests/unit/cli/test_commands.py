@@ -58,7 +58,7 @@ def test_usage_errors(command: Command, lm: FakeLM, arguments: list[str], hint: 
     assert lm.asked == []
 
 
-@pytest.mark.parametrize("name", ["chat", "run", "pull", "list", "show", "init", "doctor"])
+@pytest.mark.parametrize("name", ["chat", "run", "pull", "list", "show", "quantize", "init", "doctor"])
 def test_help_has_an_example_and_json(command: Command, name: str) -> None:
     result = command(name, "--help")
     assert result.code == 0

@@ -3,6 +3,12 @@
 import re
 from typing import Any
 
+ABOUT: dict[str, Any] = {
+    **dict.fromkeys(["minimum", "maximum", "multipleOf"], int | float),
+    **dict.fromkeys(["minLength", "maxLength", "pattern"], str),
+    **dict.fromkeys(["items", "minItems", "maxItems"], list),
+    **dict.fromkeys(["properties", "additionalProperties", "required"], dict),
+}
 TYPES = {"null": type(None), "boolean": bool, "string": str, "array": list, "object": dict}
 
 
@@ -25,6 +31,8 @@ def same(a: Any, b: Any) -> bool:
 
 
 def _holds(keyword: str, wanted: Any, value: Any, schema: Any, root: Any) -> bool:
+    if not isinstance(value, ABOUT.get(keyword, object)):
+        return True  # a keyword says nothing about values of other types
     match keyword:
         case "type":
             return any(has_type(value, name) for name in ([wanted] if isinstance(wanted, str) else wanted))

@@ -12,6 +12,7 @@ import torch
 from cabochon.model.config import Gemma2Config
 from cabochon.weights import init as init_module
 from cabochon.weights.init import init_folder
+from cabochon.weights.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 
@@ -69,3 +70,52 @@ def test_the_model_is_in_memory_once(folder: Path, dtype: torch.dtype, tmp_path:
     assert 0.95 * weights < loading < 1.15 * weights
     assert saving < 0.15 * weights
     assert making < 100 * MB
+
+
+QUANTISE = """
+import json, re, sys, torch
+from pathlib import Path
+from cabochon.weights.folder import load_model
+from cabochon.weights.init import init_folder
+from cabochon.weights.quantize import quantize_folder
+from cabochon.weights.scheme import Scheme
+
+def memory(what):
+    return 1024 * int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+def growth(action):
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest use so far
+    before = memory("VmRSS")
+    result = action()
+    return memory("VmHWM") - before, result
+
+folder, bits = Path(sys.argv[1]), int(sys.argv[2])
+tiny, small, out = (folder.parent / name for name in ("tiny", "small", "out"))
+init_folder("tiny", tiny, tokenizer=False)  # what the first use of torch costs
+quantize_folder(tiny, small, Scheme(bits))
+load_model(tiny, weights=f"int{bits}")(torch.tensor([[1, 2]]))
+ahead, _ = growth(lambda: quantize_folder(folder, out, Scheme(bits)))
+on_the_way, model = growth(lambda: load_model(folder, weights=f"int{bits}"))
+del model
+mapping, model = growth(lambda: load_model(out))
+using, _ = growth(lambda: model(torch.tensor([[1, 2, 3]])))
+print(json.dumps([ahead, on_the_way, mapping, mapping + using]))
+"""
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_is_in_memory_once_and_the_original_never(folder: Path, bits: int, tmp_path: Path) -> None:
+    here = tmp_path / "m"
+    here.symlink_to(folder)
+    env = {**os.environ, "PYTHONPATH": str(Path(init_module.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", QUANTISE, str(here), str(bits)], capture_output=True, text=True, env=env, check=True
+    )
+    ahead, on_the_way, mapping, using = json.loads(done.stdout)
+    weights = Scheme(bits).nbytes(CONFIG)
+    largest = CONFIG.vocab_size * CONFIG.hidden_size * bits / 8
+    pieces = 60 * MB  # some rows as floats and what rounding makes of them
+    assert ahead < 1.1 * largest + pieces  # one packed matrix at a time
+    assert 0.8 * weights < on_the_way < 1.1 * weights + pieces  # memory that was used before is used again
+    assert mapping < 10 * MB  # nothing is read before it is used
+    assert 0.9 * weights < using < 1.15 * weights
