@@ -188,7 +188,7 @@ def test_a_quantised_model_with_and_without_kernels(bits: int) -> None:
     use_packed_layers(model, Scheme(bits))
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear | QuantEmbedding):
-            layer.fill(quantize(weights[f"{name}.weight"], bits))
+            layer.fill(quantize(weights[f"{name}.weight"], bits, layer.group))
     ids = random_ids(SMALL, 2, 12)
     # Rounding of activations turns the last bit of a sum into a whole step now and then.
     assert relative_error(model(ids), plainly(lambda: model(ids))) < 0.02
