@@ -71,7 +71,7 @@ def test_a_busy_engine(kind: str) -> None:
         ended += done
         known += [r.tokens for r in done]
     assert len(ended) == REQUESTS
-    assert sum(r.reused > 0 for r in ended) > REQUESTS / 5
+    assert sum(r.reused > 0 for r in ended) > REQUESTS / 10
     assert sum(not r.events or r.events[-1].last is None for r in ended) > 5  # cancelled on the way
     for request in ended:
         if kind != "none" and request.params.temperature:
