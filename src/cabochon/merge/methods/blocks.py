@@ -1,0 +1,137 @@
+"""The tensors of one merge, read and written in blocks of whole rows.
+
+R and C are the rows and columns of a tensor: one with a single dimension is one row, one with more than two has the
+last as its columns.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cabochon.base.errors import BadInput
+
+T = TypeVar("T")
+Run = Callable[[Callable[[range], T], Iterable[range]], Iterable[T]]
+
+# Elements of a block. In float32 a block of each of two models and of a result stay in the second-level cache.
+BLOCK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Block:
+    """The same rows of all inputs, in float32 [r, C]. They may be views of files: never write into them."""
+
+    tensors: tuple[Tensor, ...]
+    base: Tensor | None
+    start: int  # index of the first element in the flattened tensor
+
+    @property
+    def origin(self) -> Tensor:
+        """The base, of methods that cannot do without."""
+        assert self.base is not None
+        return self.base
+
+    def deltas(self) -> list[Tensor]:
+        """Task vectors: each model minus the base, float32 [r, C]; the models themselves without a base."""
+        return [t if self.base is None else t - self.base for t in self.tensors]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All inputs of one output tensor: float tensors of one shape, usually views of mapped files.
+
+    Raises `BadInput` when made of tensors that differ in shape or are not floats.
+    """
+
+    tensors: tuple[Tensor, ...]
+    base: Tensor | None = None
+    run: Callable[..., Iterable[object]] = map  # calls a function with each of many things, results in their order
+    block: int = BLOCK  # elements, at least one row
+
+    def __post_init__(self) -> None:
+        inputs = self.inputs
+        for tensor in inputs:
+            if tensor.shape != inputs[0].shape:
+                shapes = " and ".join(str(list(s)) for s in dict.fromkeys(t.shape for t in inputs))
+                raise BadInput(
+                    "tensors of different shapes cannot be merged",
+                    f"they have the shapes {shapes}",
+                    "merge models of one size; tokenizer_source aligns vocabularies",
+                )
+            if not tensor.dtype.is_floating_point:
+                raise BadInput(
+                    "only floats can be merged", f"a tensor holds {tensor.dtype}", "use models that are not quantised"
+                )
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The models, then the base if there is one."""
+        return self.tensors if self.base is None else (*self.tensors, self.base)
+
+    @property
+    def numel(self) -> int:
+        return self.inputs[0].numel()
+
+    @property
+    def columns(self) -> int:
+        shape = self.inputs[0].shape
+        return shape[-1] if shape else 1
+
+    def blocks(self) -> Iterator[range]:
+        """The rows of each block, in order."""
+        rows = self.numel // self.columns if self.numel else 0
+        step = max(1, self.block // max(1, self.columns))
+        return (range(first, min(first + step, rows)) for first in range(0, rows, step))
+
+    def load(self, rows: range) -> Block:
+        """Some rows of every input as float32."""
+        tensors = tuple(self._rows(tensor, rows) for tensor in self.tensors)
+        base = None if self.base is None else self._rows(self.base, rows)
+        return Block(tensors, base, rows.start * self.columns)
+
+    def _rows(self, tensor: Tensor, rows: range) -> Tensor:
+        return tensor.reshape(-1, self.columns)[rows.start : rows.stop].to(torch.float32)
+
+    def map(self, function: Callable[[Block], T]) -> Iterable[T]:
+        """Call a function with each block, perhaps in threads; the results come in the order of the blocks."""
+        results: Iterable[T] = self.run(lambda rows: function(self.load(rows)), self.blocks())  # type: ignore[assignment]
+        return results
+
+    def write(self, apply: Callable[[Block], Tensor], out: Tensor) -> None:
+        """Fill `out` with what a function makes of each block. Raises `BadInput` for values that are not finite."""
+        target = out.view(-1, self.columns)
+
+        def one(rows: range) -> None:
+            block = self.load(rows)
+            result = apply(block)
+            if not torch.isfinite(result.sum()):
+                self._refuse(block, result)
+            written = target[rows.start : rows.stop].copy_(result)
+            if out.dtype == torch.float16 and not torch.isfinite(written).all():
+                raise BadInput(
+                    "the merged values do not fit float16",
+                    f"the largest is {result.abs().max():g}, float16 ends at 65504",
+                    "choose bfloat16 as out_dtype",
+                )
+
+        for _ in self.run(one, self.blocks()):
+            pass
+
+    def _refuse(self, block: Block, result: Tensor) -> None:
+        """Say which input is to blame for a result that is not finite."""
+        for number, tensor in enumerate(block.tensors, 1):
+            refuse_unless_finite(tensor, f"model {number}")
+        if block.base is not None:
+            refuse_unless_finite(block.base, "the base model")
+        if not torch.isfinite(result).all():
+            raise BadInput("the merge is not finite", "its values leave float32", "use smaller weights")
+
+
+def refuse_unless_finite(values: Tensor, whose: str) -> None:
+    """Raise `BadInput` when a tensor holds NaN or infinity."""
+    if not torch.isfinite(values).all():
+        kind = "NaN" if values.isnan().any() else "infinity"
+        raise BadInput(f"{whose} cannot be merged", f"it holds {kind}", "use a checkpoint that is whole and finite")
