@@ -22,13 +22,35 @@ def combine(coefficients: Sequence[float], base: float = 0.0) -> Apply:
 
 def _combine(coefficients: Sequence[float], base: float, block: Block) -> Tensor:
     total: Tensor | None = None
-    terms = [*zip(block.tensors, coefficients, strict=True), *([(block.base, base)] if block.base is not None else [])]
+    terms = [*zip(block.tensors, coefficients, strict=True)]
+    if base:
+        terms.append((block.origin, base))
     for tensor, coefficient in terms:
         if total is None:
             total = torch.mul(tensor, coefficient)
         else:
             total.add_(tensor, alpha=coefficient)
     assert total is not None
+    return total
+
+
+def around(coefficients: Sequence[float]) -> Apply:
+    """The base plus a sum of task vectors, in float32; without a base, the sum of the models.
+
+    Adding differences leaves the base as it is, to the bit, where the models do not differ from it, and loses nothing
+    when coefficients are large. With nothing of the base left in it the sum is made of the models alone.
+    """
+    if math.fsum(coefficients) == 1:
+        return combine(coefficients)
+    return partial(_around, tuple(coefficients))
+
+
+def _around(coefficients: Sequence[float], block: Block) -> Tensor:
+    if block.base is None:
+        return _combine(coefficients, 0.0, block)
+    total = block.base.clone()
+    for tensor, coefficient in zip(block.tensors, coefficients, strict=True):
+        total.add_(tensor - block.base, alpha=coefficient)
     return total
 
 
