@@ -31,6 +31,7 @@ DEPARTURES = {
     **{f"breadcrumbs{kind}/single": "test_breadcrumbs_keeps_small_tensors" for kind in ("", "_ties")},
     **{f"della{kind}/single": "test_della_on_rows_of_one" for kind in ("", "_linear")},
     **{f"nuslerp-columns/opposite{zero}": "test_nuslerp_of_opposite_columns" for zero in ("", "-zero")},
+    "sce-some/ties": "test_sce_among_equal_variances",
 }
 
 
@@ -149,6 +150,18 @@ def test_nuslerp_of_opposite_columns() -> None:
     torch.testing.assert_close(ours(config, inputs), line)
     straight = (GOLDEN["float32/nuslerp-columns/opposite"] - line).abs().amax(0) < 1e-6
     assert straight.any() and not straight.all()
+
+
+def test_sce_among_equal_variances() -> None:
+    """Which of them are selected hangs on the last bit of a variance; here and there it is some of the same."""
+    inputs = GOLDEN["inputs/ties"]
+    variance = inputs[1:].double().var(0, unbiased=False)
+    last = variance.flatten().sort(descending=True).values[int((variance > 0).sum() * 0.4) - 1]
+    sure = (variance - last).abs() > 1e-6
+    got = ours(CONFIGS["sce-some"], inputs)
+    assert not got[sure & (variance < last)].any()
+    assert (got[sure & (variance > last)] != 0).any()
+    torch.testing.assert_close(got[sure] != 0, GOLDEN["float32/sce-some/ties"][sure] != 0)
 
 
 def test_sce_weighs_small_changes_too() -> None:

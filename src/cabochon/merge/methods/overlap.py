@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from cabochon.merge.methods.blocks import MEASURED_BLOCK, Block, Whole
 from cabochon.merge.methods.method import Apply, Method, Parameter, Settings
@@ -30,14 +31,17 @@ class Selected:
 
 def variance(block: Block) -> Tensor:
     """Variance between the task vectors, float32 [r, C]."""
-    return torch.var(torch.stack(block.deltas()), dim=0, unbiased=False)
+    deltas = block.deltas()
+    mean = sum(deltas[1:], deltas[0]) / len(deltas)
+    squares = [(delta - mean).square_() for delta in deltas]
+    return sum(squares[1:], squares[0]) / len(deltas)
 
 
 def _selected(block: Block, cut: Cut | None) -> list[Tensor]:
     """Task vectors with zeros where the models vary less than the cut."""
     if cut is None:
         return block.deltas()
-    mask = largest(variance(block), block.start, cut) > 0
+    mask = largest(variance(block), block.start, cut).sign_()
     return [delta * mask for delta in block.deltas()]
 
 
@@ -85,21 +89,19 @@ def _sce(_: Settings, selected: Selected) -> Apply:
 # RAM: shared changes are averaged, single ones kept
 
 
-def _counted(block: Block, epsilon: float) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Task vectors without changes up to epsilon, which of their elements remain, and how many do at each place."""
-    deltas = block.deltas()
-    changed = [delta.abs() > epsilon for delta in deltas]
-    count = sum((c.float() for c in changed), torch.zeros_like(deltas[0]))
-    return [delta * c for delta, c in zip(deltas, changed, strict=True)], changed, count
+def _changes(block: Block, epsilon: float) -> tuple[list[Tensor], Tensor]:
+    """Task vectors with zeros for changes up to epsilon, and how many models change each place; float32 [r, C]."""
+    deltas = [hardshrink(delta, epsilon) for delta in block.deltas()]
+    return deltas, sum((delta.sign().abs_() for delta in deltas), torch.zeros_like(block.origin))
 
 
 def _ram_apply(block: Block, epsilon: float, factors: tuple[float, ...] | None) -> Tensor:
-    deltas, _, count = _counted(block, epsilon)
-    single = (count == 1).float()
-    mean = 1 / count.clamp(min=1)
+    deltas, count = _changes(block, epsilon)
+    mean = torch.reciprocal(count.clamp(min=1))
+    single = torch.relu(2 - count) * count if factors else count  # 1 where one model changes, else 0
     total = block.origin.clone()
     for i, delta in enumerate(deltas):
-        total += delta * (mean if factors is None else mean + single * (factors[i] - 1))
+        total.addcmul_(delta, torch.add(mean, single, alpha=factors[i] - 1) if factors else mean)
     return total
 
 
@@ -113,7 +115,8 @@ def _ram_plus_measure(whole: Whole, settings: Settings) -> tuple[float, ...]:
     r, alpha, epsilon = (settings.shared[name] for name in ("r", "alpha", "epsilon"))
 
     def counts(block: Block) -> Tensor:
-        _, changed, count = _counted(block, epsilon)
+        deltas, count = _changes(block, epsilon)
+        changed = [delta != 0 for delta in deltas]
         return torch.tensor([[(c & (count > 1)).sum().item(), (c & (count == 1)).sum().item()] for c in changed])
 
     total = torch.stack(list(whole.map(counts))).sum(0).tolist()

@@ -32,8 +32,8 @@ def gram(whole: Whole, vectors: Callable[[Block], Sequence[Tensor]] = Block.delt
     """
 
     def products(block: Block) -> Tensor:
-        rows = [vector.double() for vector in vectors(block)]
-        return torch.stack([torch.linalg.vecdot(a, b).sum() for i, a in enumerate(rows) for b in rows[: i + 1]])
+        flat = [vector.double().view(-1) for vector in vectors(block)]
+        return torch.stack([torch.dot(a, b) for i, a in enumerate(flat) for b in flat[: i + 1]])
 
     lower = torch.stack(list(replace(whole, block=MEASURED_BLOCK).map(products))).sum(0)
     if not torch.isfinite(lower).all():
