@@ -49,8 +49,11 @@ def _threshold(whole: Whole, _: Settings) -> float:
 
 
 def _fusion(_: Settings, threshold: float) -> Apply:
-    """The model's value where the importance reaches the threshold, the base's elsewhere."""
-    return lambda b: torch.where(importance(b) >= threshold, b.tensors[0], b.origin)
+    """The model's value where the importance reaches the threshold, the base's elsewhere.
+
+    A product, so that a value that is not finite is found even where it is not chosen.
+    """
+    return lambda b: b.origin + (b.tensors[0] - b.origin) * (importance(b) >= threshold).float()
 
 
 NEARSWAP = Method(
