@@ -18,6 +18,7 @@ AVX512 INLINE void dots(const int rows, Floats x, const uint16_t *w, Floats out,
         __m512 a[ROWS];
         for (int r = 0; r < rows; r++) a[r] = load(x, (row + r) * k + i);
         for (int c = 0; c < CHANNELS; c++) {
+            _mm_prefetch(w + (channel + c + CHANNELS) * k + i, _MM_HINT_T1);
             const __m512 b = load_bf16(w + (channel + c) * k + i);
             for (int r = 0; r < rows; r++) sum[r][c] = _mm512_fmadd_ps(a[r], b, sum[r][c]);
         }

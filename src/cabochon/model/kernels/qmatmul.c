@@ -30,8 +30,10 @@ AVX512 INLINE __m512i four_bytes(const int8_t *p) {
     return _mm512_set1_epi32(quad);
 }
 
-/* The product of `rows` (a constant once inlined) activations with `tiles` tiles, all of K. */
-AVX512 INLINE void block(const int rows, const int tiles, const int bits, const QMatmul *p, int64_t row, int64_t tile) {
+/* The product of `rows` (a constant once inlined) activations with `tiles` tiles, all of K. Meanwhile `lines` cache
+   lines for each step are fetched from `ahead`: weights that come next. */
+AVX512 INLINE void block(const int rows, const int tiles, const int bits, const QMatmul *p, int64_t row, int64_t tile,
+                         const uint8_t *ahead, const int lines) {
     const int64_t K = p->w.k, G = p->w.k / p->w.group, bytes = LANES * K * bits / 8;
     const uint8_t *w[TILES];
     __m512 total[ROWS][TILES];
@@ -53,6 +55,7 @@ AVX512 INLINE void block(const int rows, const int tiles, const int bits, const 
             for (int64_t k = 0; k < p->w.group; k += 4) {
                 __m512i weights[TILES];
                 for (int t = 0; t < tiles; t++, w[t - 1] += 64) weights[t] = _mm512_loadu_si512(w[t]);
+                for (int l = 0; l < lines; l++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
                 for (int r = 0; r < rows; r++) {
                     const __m512i quad = four_bytes(a + r * K + k);
                     for (int t = 0; t < tiles; t++) sum[r][t] = _mm512_dpbusd_epi32(sum[r][t], weights[t], quad);
@@ -62,6 +65,7 @@ AVX512 INLINE void block(const int rows, const int tiles, const int bits, const 
             const __m512i low_bits = _mm512_set1_epi8(15);
             for (int64_t k = 0; k < p->w.group; k += 8) {
                 __m512i low[TILES], high[TILES];
+                for (int l = 0; l < lines; l++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
                 for (int t = 0; t < tiles; t++, w[t - 1] += 64) {
                     const __m512i both = _mm512_loadu_si512(w[t]);
                     low[t] = _mm512_and_si512(both, low_bits);
@@ -97,31 +101,41 @@ AVX512 INLINE void block(const int rows, const int tiles, const int bits, const 
 }
 
 /* One specialised copy of `block` for each shape: the compiler then keeps every accumulator in a register. */
-#define SHAPES(TILES_, BITS)                              \
-    switch (rows) {                                       \
-        case 1: return block(1, TILES_, BITS, p, row, tile); \
-        case 2: return block(2, TILES_, BITS, p, row, tile); \
-        case 3: return block(3, TILES_, BITS, p, row, tile); \
-        default: return block(4, TILES_, BITS, p, row, tile); \
+typedef void Shaped(int rows, const QMatmul *p, int64_t row, int64_t tile, const uint8_t *ahead);
+#define SHAPES(NAME, WIDTH, BITS, LINES)                                                            \
+    AVX512 static void NAME(int rows, const QMatmul *p, int64_t row, int64_t tile, const uint8_t *ahead) { \
+        switch (rows) {                                                                             \
+            case 1: return block(1, WIDTH, BITS, p, row, tile, ahead, LINES);                       \
+            case 2: return block(2, WIDTH, BITS, p, row, tile, ahead, LINES);                       \
+            case 3: return block(3, WIDTH, BITS, p, row, tile, ahead, LINES);                       \
+            default: return block(4, WIDTH, BITS, p, row, tile, ahead, LINES);                      \
+        }                                                                                           \
     }
+SHAPES(block8, TILES, 8, 0)
+SHAPES(block4, TILES, 4, 0)
+SHAPES(fetch8, TILES, 8, 1)
+SHAPES(fetch4, TILES, 4, 1)
+SHAPES(tile8, 1, 8, 0)
+SHAPES(tile4, 1, 4, 0)
 
-AVX512 static void block8(int rows, const QMatmul *p, int64_t row, int64_t tile) { SHAPES(TILES, 8) }
-AVX512 static void block4(int rows, const QMatmul *p, int64_t row, int64_t tile) { SHAPES(TILES, 4) }
-AVX512 static void tile8(int rows, const QMatmul *p, int64_t row, int64_t tile) { SHAPES(1, 8) }
-AVX512 static void tile4(int rows, const QMatmul *p, int64_t row, int64_t tile) { SHAPES(1, 4) }
-
-/* Each thread takes a run of tiles and all rows: a group of tiles stays in its cache while the rows go by. */
+/* Each thread takes a run of tiles and all rows: a group of tiles stays in its cache while the rows go by. The first
+   pass over a group waits for memory and the others do not: they fetch the next group, a tile in each pass. */
 AVX512 static void qmatmul(const QMatmul *p) {
     const int64_t count = (p->w.n + LANES - 1) / LANES, groups = (count + TILES - 1) / TILES;
+    const int64_t bytes = LANES * p->w.k * p->w.bits / 8;
+    const int eight = p->w.bits == 8;
 #pragma omp parallel for schedule(static)
     for (int64_t group = 0; group < groups; group++) {
         const int64_t first = group * TILES, end = count - first < TILES ? count : first + TILES;
-        for (int64_t row = 0; row < p->m; row += ROWS) {
+        const uint8_t *ahead = p->w.weight + end * bytes;
+        for (int64_t row = 0, pass = 0; row < p->m; row += ROWS, pass++, ahead += bytes) {
             const int rows = p->m - row < ROWS ? (int)(p->m - row) : ROWS;
+            const int fetch = p->m > ROWS && pass < TILES;
+            Shaped *whole = eight ? (fetch ? fetch8 : block8) : (fetch ? fetch4 : block4);
             if (end - first == TILES)
-                (p->w.bits == 8 ? block8 : block4)(rows, p, row, first);
+                whole(rows, p, row, first, ahead);
             else
-                for (int64_t tile = first; tile < end; tile++) (p->w.bits == 8 ? tile8 : tile4)(rows, p, row, tile);
+                for (int64_t tile = first; tile < end; tile++) (eight ? tile8 : tile4)(rows, p, row, tile, ahead);
         }
     }
 }
