@@ -27,11 +27,9 @@ AVX512 INLINE void dots(const int rows, Floats x, const uint16_t *w, Floats out,
         for (int c = 0; c < CHANNELS; c++) {
             const float total = _mm512_reduce_add_ps(sum[r][c]);
             const int64_t to = (row + r) * n + channel + c;
-            if (out.is_bf16) {
-                uint32_t bits;
-                memcpy(&bits, &total, 4);
-                ((uint16_t *)out.data)[to] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-            } else
+            if (out.is_bf16)
+                ((uint16_t *)out.data)[to] = round_bf16(total);
+            else
                 ((float *)out.data)[to] = total;
         }
 }

@@ -1,0 +1,167 @@
+/* bfloat16 weights [N, K] in 12 bits each, without loss: products of few rows, packing and unpacking.
+
+   The high byte of a bfloat16, its sign and most of its exponent, takes few values in a matrix of weights. The 15 most
+   frequent ones and 0 make a table, and four bits choose from it; the low byte stays as it is. A weight whose high
+   byte is not in the table is an exception: it is packed as 0, and its column and value stand in a list of its row.
+
+   A row is blocks of 128 weights, K padded with zeros: 128 low bytes, then 64 bytes with the choice of weight j of the
+   first half in their lower four bits and of the second half in their upper four. Within a half, bytes lie as the
+   instruction that interleaves low and high bytes takes them (`at`).
+
+   Products are sums of pairs in float32 (AVX512-BF16), each row's in the same order however many rows there are; the
+   plain twin unpacks and multiplies. */
+
+#include "kernels.h"
+
+#define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+#define BLOCK 128
+#define BYTES 192 /* of a packed block */
+#define CHANNELS 4 /* output channels at a time */
+#define ROWS 4
+
+typedef struct {
+    const uint8_t *weight;  /* [N, K / 128, 192] */
+    const uint8_t *table;   /* [16] high bytes; the first is 0 */
+    const int32_t *start;   /* [N + 1] where the exceptions of a row begin */
+    const int32_t *column;  /* [exceptions] */
+    const uint16_t *value;  /* [exceptions] */
+    int64_t n, k;           /* K padded */
+} Lossless;
+
+INLINE float widen(uint16_t value) {
+    const uint32_t bits = (uint32_t)value << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+/* The four registers of bfloat16 that a block stands for, in order. */
+BF16 INLINE void expand(const uint8_t *p, __m512i table, __m512i out[4]) {
+    const __m512i four = _mm512_set1_epi8(15), choices = _mm512_loadu_si512(p + BLOCK);
+    for (int half = 0; half < 2; half++) {
+        const __m512i low = _mm512_loadu_si512(p + 64 * half);
+        const __m512i chosen = _mm512_and_si512(half ? _mm512_srli_epi16(choices, 4) : choices, four);
+        const __m512i high = _mm512_shuffle_epi8(table, chosen);
+        out[2 * half] = _mm512_unpacklo_epi8(low, high);
+        out[2 * half + 1] = _mm512_unpackhi_epi8(low, high);
+    }
+}
+
+BF16 INLINE __m512i load_table(const uint8_t *table) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
+}
+
+/* Products of `rows` rows (a constant once inlined) with `channels` output channels, of which the next are fetched. */
+BF16 INLINE void dots(const int rows, const int channels, const Lossless *w, const uint16_t *x, Floats out, int64_t row,
+                      int64_t channel) {
+    const int64_t blocks = w->k / BLOCK, stride = blocks * BYTES;
+    const __m512i table = load_table(w->table);
+    __m512 sum[ROWS][CHANNELS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < channels; c++) sum[r][c] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks; b++)
+        for (int c = 0; c < channels; c++) {
+            const uint8_t *p = w->weight + (channel + c) * stride + b * BYTES;
+            for (int line = 0; line < BYTES; line += 64) _mm_prefetch(p + channels * stride + line, _MM_HINT_T1);
+            __m512i weights[4];
+            expand(p, table, weights);
+            for (int r = 0; r < rows; r++)
+                for (int i = 0; i < 4; i++) {
+                    const __m512i a = _mm512_loadu_si512(x + (row + r) * w->k + b * BLOCK + i * 32);
+                    sum[r][c] = _mm512_dpbf16_ps(sum[r][c], (__m512bh)a, (__m512bh)weights[i]);
+                }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < channels; c++) {
+            float total = _mm512_reduce_add_ps(sum[r][c]);
+            const int64_t n = channel + c, to = (row + r) * w->n + n;
+            for (int32_t e = w->start[n]; e < w->start[n + 1]; e++)
+                total += widen(x[(row + r) * w->k + w->column[e]]) * widen(w->value[e]);
+            if (out.is_bf16)
+                ((uint16_t *)out.data)[to] = round_bf16(total);
+            else
+                ((float *)out.data)[to] = total;
+        }
+}
+
+#define SHAPES(CHANNELS_)                                                        \
+    switch (m - row) {                                                           \
+        case 1: dots(1, CHANNELS_, w, x, out, row, channel); break;              \
+        case 2: dots(2, CHANNELS_, w, x, out, row, channel); break;              \
+        case 3: dots(3, CHANNELS_, w, x, out, row, channel); break;              \
+        default: dots(4, CHANNELS_, w, x, out, row, channel);                    \
+    }
+
+BF16 static void some_rows(const Lossless *w, const uint16_t *x, Floats out, int64_t row, int64_t m, int64_t channel) {
+    if (w->n - channel >= CHANNELS) {
+        SHAPES(CHANNELS)
+    } else
+        for (; channel < w->n; channel++) SHAPES(1)
+}
+
+/* out [M, N] = x [M, K] w^T, x bfloat16. */
+EXPORT void cabochon_lossless_linear(const Lossless *w, const uint16_t *x, Floats out, int64_t m) {
+#pragma omp parallel for schedule(static)
+    for (int64_t channel = 0; channel < w->n; channel += CHANNELS)
+        for (int64_t row = 0; row < m; row += ROWS) some_rows(w, x, out, row, m, channel);
+}
+
+BF16 static void unpack_row(const Lossless *w, int64_t row, uint16_t *out) {
+    const __m512i table = load_table(w->table);
+    for (int64_t b = 0; b < w->k / BLOCK; b++) {
+        __m512i weights[4];
+        expand(w->weight + (row * (w->k / BLOCK) + b) * BYTES, table, weights);
+        for (int i = 0; i < 4; i++) _mm512_storeu_si512(out + b * BLOCK + i * 32, weights[i]);
+    }
+    for (int32_t e = w->start[row]; e < w->start[row + 1]; e++) out[w->column[e]] = w->value[e];
+}
+
+/* out [count, K]: the rows of these numbers. */
+EXPORT void cabochon_lossless_unpack(const Lossless *w, const int64_t *rows, int64_t count, uint16_t *out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < count; i++) unpack_row(w, rows[i], out + i * w->k);
+}
+
+/* Where the weight at a place of a block of 128 has its low byte, and its choice modulo 64. */
+INLINE int at(int place) {
+    const int half = place / 64, rest = place % 64;
+    return half * 64 + rest % 32 / 8 * 16 + rest / 32 * 8 + rest % 8;
+}
+
+/* Pack rows [n, K]; `choice` [256] is the table the other way round, 255 for what it lacks; `count` [n] exceptions. */
+EXPORT void cabochon_lossless_pack(const uint16_t *w, const uint8_t *choice, uint8_t *out, int32_t *count, int64_t n,
+                                   int64_t k) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < n; row++) {
+        int32_t missing = 0;
+        for (int64_t b = 0; b < k / BLOCK; b++) {
+            const uint16_t *from = w + row * k + b * BLOCK;
+            uint8_t *to = out + (row * (k / BLOCK) + b) * BYTES, choices[BLOCK];
+            for (int i = 0; i < BLOCK; i++) {
+                const uint8_t found = choice[from[i] >> 8];
+                const int lacking = found == 255;
+                missing += lacking;
+                to[at(i)] = lacking ? 0 : (uint8_t)from[i];
+                choices[at(i)] = lacking ? 0 : found;
+            }
+            for (int i = 0; i < 64; i++) to[BLOCK + i] = choices[i] | choices[64 + i] << 4;
+        }
+        count[row] = missing;
+    }
+}
+
+/* The columns and values of the exceptions; `start` [n + 1] says where each row's begin. */
+EXPORT void cabochon_lossless_exceptions(const uint16_t *w, const uint8_t *choice, const int32_t *start, int32_t *column,
+                                         uint16_t *value, int64_t n, int64_t k) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < n; row++)
+        for (int64_t i = 0, e = start[row]; e < start[row + 1]; i++)
+            if (choice[w[row * k + i] >> 8] == 255) {
+                column[e] = (int32_t)i;
+                value[e++] = w[row * k + i];
+            }
+}
+
+EXPORT int cabochon_has_bf16(void) {
+    return __builtin_cpu_supports("avx512bf16");
+}
