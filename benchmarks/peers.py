@@ -41,6 +41,7 @@ class Candidate:
 
 CANDIDATES = {
     "cabochon-bf16": Candidate("peer_cabochon.py", None, "hf"),
+    "cabochon-lossless": Candidate("peer_cabochon.py", None, "hf", {"weights": "lossless"}),
     "cabochon-int8": Candidate("peer_cabochon.py", None, "cabochon-int8"),
     "cabochon-int4": Candidate("peer_cabochon.py", None, "cabochon-int4", agrees=AGREES_AT_4_BITS),
     "cabochon-int8-from-bf16": Candidate("peer_cabochon.py", None, "hf", {"weights": "int8"}),

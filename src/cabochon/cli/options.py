@@ -40,8 +40,11 @@ class DeviceOptions:
         Parameter(help="Precision of float weights; auto: as they are stored."),
     ] = "auto"
     weights: Annotated[
-        Literal["auto", "bf16", "int8", "int4"],
-        Parameter(help="Form of the weights; int8 and int4 round them while loading, in 1/2 and 1/4 of the memory."),
+        Literal["auto", "bf16", "lossless", "int8", "int4"],
+        Parameter(
+            help="Form of the weights; int8 and int4 round them while loading, in 1/2 and 1/4 of the memory; "
+            "lossless keeps the values of bf16 in 3/4 of it."
+        ),
     ] = "auto"
     device: Annotated[str | None, Parameter(help="cpu, cuda, cuda:1, ...; left out: the best one here.")] = None
     softcap: Annotated[

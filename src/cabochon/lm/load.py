@@ -32,7 +32,8 @@ def load(
     Args:
         model: a folder, a Hub id such as "google/gemma-2-9b-it", or None for the model that ships inside.
         dtype: of float weights: "bfloat16" or "float32"; None keeps what the folder stores.
-        weights: "auto" as they are stored, "bf16", or "int8" and "int4", which round to the nearest while loading.
+        weights: "auto" as they are stored, "bf16", "lossless" (bfloat16 in 12 bits each, the same values: faster
+            decoding on a CPU), or "int8" and "int4", which round to the nearest while loading.
             Better 4-bit weights, and the fastest loading, come from a folder that `cabochon quantize` wrote.
         device: "cpu", "cuda", "cuda:1"; None takes a GPU when there is one.
         revision, token, offline: for the Hub: a branch, tag or commit; an access token; use only what is here.

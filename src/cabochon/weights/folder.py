@@ -16,7 +16,7 @@ from cabochon.base.errors import BadInput, MissingResource, UsageError
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
 from cabochon.weights.fit import refuse_too_large
-from cabochon.weights.quantize import rounded, use_packed_layers
+from cabochon.weights.quantize import rounded, use_lossless_layers, use_packed_layers
 from cabochon.weights.read import TORCH, Reader
 from cabochon.weights.save import save_model
 from cabochon.weights.scheme import Scheme
@@ -24,7 +24,7 @@ from cabochon.weights.verify import Checked, load_config, load_scheme, verify
 
 __all__ = ["Facts", "describe", "load_config", "load_model", "save_model"]
 
-WEIGHTS = ("auto", "bf16", "int8", "int4")
+WEIGHTS = ("auto", "bf16", "lossless", "int8", "int4")
 
 
 def load_model(
@@ -43,8 +43,8 @@ def load_model(
         folder: holds config.json and model.safetensors, or the shards that model.safetensors.index.json names.
         dtype: of float weights: bfloat16, float32 or float64; None keeps what is stored (the embedding's dtype
             where they differ).
-        weights: "auto" as they are stored, "bf16", or "int8" and "int4", which round float weights to the nearest
-            while loading.
+        weights: "auto" as they are stored, "bf16", "lossless" (bfloat16 in 12 bits each, on a CPU), or "int8" and
+            "int4", which round float weights to the nearest while loading.
         group: input channels that share a scale in weights that are quantised here; 0: 128 for int8, 64 for int4.
         device: where the weights go.
         softcap: False leaves the cap on attention scores out: another model, for inference only.
@@ -58,6 +58,12 @@ def load_model(
     checked = verify(folder)
     form = _form(folder, checked, dtype, weights, group)
     where = _usable_device(device)
+    if form.lossless and where.type != "cpu":
+        raise UsageError(
+            f"{folder} cannot be loaded with lossless weights on {where}",
+            "they are for reading less memory on a CPU",
+            'use weights "bf16"',
+        )
     config = checked.config if softcap else dataclasses.replace(checked.config, attn_softcap=None)
     if check_memory:
         refuse_too_large(folder, config, str(form), form.nbytes(config), str(where))
@@ -71,6 +77,10 @@ def load_model(
             tensors = {name: reader.packed(name, where) for name in reader.names()}
         elif form.scheme:
             tensors = {name: tensor.to(where) for name, tensor in rounded(reader, config, form.scheme)}
+        elif form.lossless:
+            use_lossless_layers(model, reader)
+            norms = (name for name in reader.names() if "norm" in name)
+            tensors = model.state_dict() | {name: reader.load(name, form.dtype, where) for name in norms}
         else:
             tensors = {name: reader.load(name, form.dtype, where) for name in reader.names()}
         reader.check_tied_head()
@@ -84,11 +94,16 @@ class _Form:
 
     dtype: torch.dtype
     scheme: Scheme | None
+    lossless: bool = False
 
     def nbytes(self, config: Gemma2Config) -> int:
+        if self.lossless:
+            return config.num_parameters * 3 // 2
         return self.scheme.nbytes(config) if self.scheme else config.num_parameters * self.dtype.itemsize
 
     def __str__(self) -> str:
+        if self.lossless:
+            return "12 bits without loss"
         return f"{self.scheme.bits} bits" if self.scheme else _name(self.dtype)
 
 
@@ -112,6 +127,14 @@ def _form(folder: Path, checked: Checked, dtype: torch.dtype | None, weights: st
         )
     if scheme:
         return _Form(torch.float32, scheme)
+    if weights == "lossless":
+        if checked.dtype != "BF16" or dtype not in (None, torch.bfloat16):
+            raise UsageError(
+                f"{folder} cannot be loaded with lossless weights",
+                f"they are stored bfloat16 in 12 bits each; these are {_name(dtype or TORCH[checked.dtype])}",
+                'use weights "bf16" or "int8"',
+            )
+        return _Form(torch.bfloat16, None, lossless=True)
     target = dtype or (torch.bfloat16 if weights == "bf16" else TORCH[checked.dtype])
     _refuse_float16(folder, target, asked=dtype is not None)
     return _Form(target, None)

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from cabochon.base.errors import UsageError
 from cabochon.model.config import Gemma2Config
 from cabochon.model.linear import PackedWeight, QuantEmbedding, Quantized, QuantLinear, quantize
+from cabochon.model.lossless import LosslessEmbedding, LosslessLinear, high_bytes
 from cabochon.weights.names import shapes, to_hf
 from cabochon.weights.read import TORCH, Reader
 from cabochon.weights.save import SHARD_BYTES, Entry, write_folder
 from cabochon.weights.scheme import Packed, Scheme, layout
 from cabochon.weights.verify import verify
 
+LOSSLESS_ROWS = 4096  # packed at a time
 Named = tuple[str, Tensor]
 P = TypeVar("P", bound=PackedWeight)
 
@@ -36,6 +38,17 @@ def use_packed_layers(model: nn.Module, scheme: Scheme) -> None:
             rows, columns = module.weight.shape
             packed = kind(rows, columns, scheme.bits_of(name), scheme.group)
             packed.method = scheme.method
+            model.set_submodule(name, packed)
+
+
+def use_lossless_layers(model: nn.Module, reader: Reader) -> None:
+    """Put the matrices of a bfloat16 folder, in 12 bits, in the place of all linear layers and the embedding."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            kind = LosslessLinear if isinstance(module, nn.Linear) else LosslessEmbedding
+            values = reader.load(f"{name}.weight", torch.bfloat16, torch.device("cpu"))
+            packed = kind(*values.shape)
+            packed.fill(values.split(LOSSLESS_ROWS), high_bytes(values))
             model.set_submodule(name, packed)
 
 

@@ -21,6 +21,7 @@ from cabochon.base.files import atomic_folder
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
 from cabochon.model.linear import PackedWeight
+from cabochon.model.lossless import LosslessWeight
 from cabochon.weights.names import to_hf
 from cabochon.weights.scheme import KEY, Scheme
 from cabochon.weights.verify import CONFIG, INDEX, SINGLE
@@ -75,15 +76,20 @@ def save_model(
             f"a model of {scheme.bits}-bit weights cannot be saved in {dtype}: what was rounded off is gone",
             "leave dtype out, or convert the model that it was made from",
         )
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, LosslessWeight)}
     entries = [
         Entry(to_hf(name), tuple(tensor.shape), partial(_pieces, tensor), tensor.dtype if scheme else None)
         for name, tensor in model.state_dict().items()
+        if name.rpartition(".")[0] not in packed
+    ]
+    entries += [
+        Entry(to_hf(f"{name}.weight"), (m.rows, m.columns), partial(_unpacked, m)) for name, m in packed.items()
     ]
     write_folder(
         folder,
         model.config,
         entries,
-        dtype=dtype or (torch.float32 if scheme else model.embedding.weight.dtype),
+        dtype=dtype or (torch.float32 if scheme else model.cache_dtype),
         scheme=scheme,
         tokenizer_files=tokenizer_files,
         shard_bytes=shard_bytes,
@@ -159,6 +165,10 @@ def write_safetensors(file: BinaryIO, entries: Iterable[Entry], dtype: torch.dty
 
 def _pieces(parameter: Tensor) -> Iterator[Tensor]:
     yield from parameter.detach().reshape(-1).split(PIECE)
+
+
+def _unpacked(matrix: LosslessWeight) -> Iterator[Tensor]:
+    yield from (matrix.unpacked(rows).reshape(-1) for rows in torch.arange(matrix.rows).split(4096))
 
 
 def _shards(entries: Iterable[Entry], dtype: torch.dtype, limit: int) -> list[list[Entry]]:

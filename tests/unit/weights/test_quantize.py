@@ -222,7 +222,7 @@ def test_progress_adds_up(tmp_path: Path) -> None:
         ({"weights": "bf16"}, "8-bit weights: what was rounded off is gone"),
         ({"dtype": torch.float32}, "float weights"),
         ({"weights": "int8", "dtype": torch.bfloat16}, "float weights"),
-        ({"weights": "int7"}, "auto, bf16, int8, int4"),
+        ({"weights": "int7"}, "auto, bf16, lossless, int8, int4"),
     ],
     ids=str,
 )
