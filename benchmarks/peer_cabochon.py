@@ -20,7 +20,7 @@ class Cabochon:
         self.facts = {"version": cabochon.__version__, "torch": torch.__version__, **job.options}
 
     def answer(self, prompts: list[list[int]], new: int) -> list[Span]:
-        """Several prompts are read first: the engine would answer some while it reads others, and all are timed at once."""
+        """Several prompts are read first, then all timed at once: the engine would answer some meanwhile."""
         started = time.perf_counter()
         if len(prompts) > 1:
             self._lm.generate(prompts, max_new_tokens=1, temperature=0.0)
