@@ -49,7 +49,7 @@ class MappedTensor:
 
     def load(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
         """The tensor in a dtype on a device, and whether all its values are finite. One pass over the data."""
-        self._announce()
+        self.announce()
         aligned = self._stored.start % dtype.itemsize == 0  # files that others wrote need not be
         if device.type == "cpu" and dtype == self._flat.dtype and aligned:
             finite = all(is_finite(piece) for piece in self._flat.split(PIECE))
@@ -60,31 +60,36 @@ class MappedTensor:
             finite &= is_finite(converted)
             out[done : done + len(piece)] = converted
             done += len(piece)
-            self._let_go(done)
+            self.let_go(done)
         return out.view(self._stored.shape), finite
+
+    def view(self) -> Tensor:
+        """The tensor as stored, in place. Read it only, and call `let_go` when done, to keep memory free."""
+        return self._flat.view(self._stored.shape)
 
     def rows(self, count: int) -> Iterator[Tensor]:
         """The tensor as stored, `count` rows at a time. What was given last is let go: copy what is to stay."""
-        self._announce()
+        self.announce()
         done = 0
         for piece in self._flat.view(self._stored.shape).split(count):
             yield piece
             done += piece.numel()
-            self._let_go(done)
+            self.let_go(done)
 
     def equals(self, other: "MappedTensor") -> bool:
         """Whether two tensors hold the same values, whatever dtypes they are stored in."""
         pairs = zip(self._flat.split(PIECE), other._flat.split(PIECE), strict=True)
         return all(torch.equal(a.float(), b.float()) for a, b in pairs)
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
         """Have the whole tensor read from the disk ahead, in large requests, instead of page by page."""
         if sys.platform != "win32":
             start = self._stored.start // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, start, self._stored.start + self._stored.nbytes - start)
 
-    def _let_go(self, elements: int) -> None:
-        """Give back the pages of the first elements. They are clean copies of the file: nothing is lost."""
+    def let_go(self, elements: int | None = None) -> None:
+        """Give back the pages of the first elements (None: all). They are clean copies of the file: nothing is lost."""
+        elements = len(self._flat) if elements is None else elements
         if sys.platform != "win32":
             start = -(-self._stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
             length = self._stored.start + elements * self._flat.itemsize - start
