@@ -250,12 +250,11 @@ class _Parser:
     def _mapping(self, value: Any, where: str, known: tuple[str, ...] | None) -> dict[str, Any]:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             self._fail(where, f"{_short(value)} is not a mapping", "write it as `key: value` lines")
-        for key in value if known is not None else ():
-            if key not in known:
-                close = nearest(key, known)
-                self._fail(
-                    where, f"the key {key} is unknown", f"did you mean {close}?" if close else f"use {', '.join(known)}"
-                )
+        unknown = next((key for key in value if known is not None and key not in known), None)
+        if unknown is not None:
+            close = nearest(unknown, known or ())
+            hint = f"did you mean {close}?" if close else f"use {', '.join(known or ())}"
+            self._fail(where, f"the key {unknown} is unknown", hint)
         return value
 
     def _fail(self, where: str, cause: str, hint: str) -> NoReturn:

@@ -125,12 +125,14 @@ def write_folder(
     if dtype not in _FLOATS:
         raise UsageError(f"weights cannot be saved in {dtype}", "folders hold bfloat16 or float32", "choose one")
     _check_names(tokenizer_files or {})
-    _check_replaces_a_model(folder)
+    check_replaces_a_model(folder)
     try:
         with atomic_folder(folder, overwrite=overwrite) as temporary:
-            _write_shards(temporary, _shards(entries, dtype, shard_bytes), dtype)
-            for name, document in _documents(config, dtype, scheme).items():
-                (temporary / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            placed = shards(entries, dtype, shard_bytes)
+            for name, shard in placed.items():
+                with (temporary / name).open("wb") as file:
+                    write_safetensors(file, shard, dtype)
+            write_documents(temporary, config, dtype, placed, scheme)
             for name, content in (tokenizer_files or {}).items():
                 (temporary / name).write_bytes(content)
     except OSError as error:
@@ -142,9 +144,21 @@ def write_folder(
 
 
 def write_safetensors(file: BinaryIO, entries: Iterable[Entry], dtype: torch.dtype) -> None:
-    """One safetensors file (the format is described in `header.py`), its data aligned to 64 bytes."""
+    """One safetensors file (the format is described in `header.py`)."""
+    entries = list(entries)
+    file.write(file_header(entries, dtype))
+    for entry in entries:
+        written = 0
+        for piece in entry.pieces():
+            ready = piece.detach().to("cpu", entry.dtype or dtype).contiguous()
+            written += file.write(ready.view(torch.uint8).numpy().data)
+        assert written == entry.nbytes(dtype), entry.name
+
+
+def file_header(entries: Iterable[Entry], dtype: torch.dtype) -> bytes:
+    """What leads a safetensors file; the tensors follow in order, without a gap. Their data is aligned to 64 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    entries, end = list(entries), 0
+    end = 0
     for entry in entries:
         begin, end = end, end + entry.nbytes(dtype)
         header[entry.name] = {
@@ -154,13 +168,7 @@ def write_safetensors(file: BinaryIO, entries: Iterable[Entry], dtype: torch.dty
         }
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % 64)
-    file.write(struct.pack("<Q", len(raw)) + raw)
-    for entry in entries:
-        written = 0
-        for piece in entry.pieces():
-            ready = piece.detach().to("cpu", entry.dtype or dtype).contiguous()
-            written += file.write(ready.view(torch.uint8).numpy().data)
-        assert written == entry.nbytes(dtype), entry.name
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def _pieces(parameter: Tensor) -> Iterator[Tensor]:
@@ -171,31 +179,33 @@ def _unpacked(matrix: LosslessWeight) -> Iterator[Tensor]:
     yield from (matrix.unpacked(rows).reshape(-1) for rows in torch.arange(matrix.rows).split(4096))
 
 
-def _shards(entries: Iterable[Entry], dtype: torch.dtype, limit: int) -> list[list[Entry]]:
-    """Fill one file after the other, in order."""
-    shards: list[list[Entry]] = []
+def shards(entries: Iterable[Entry], dtype: torch.dtype, limit: int) -> dict[str, list[Entry]]:
+    """Which file holds what: one file after the other is filled, in order, up to `limit` bytes."""
+    filled: list[list[Entry]] = []
     room = 0
     for entry in entries:
         size = entry.nbytes(dtype)
-        if not shards or size > room:
-            shards.append([])
+        if not filled or size > room:
+            filled.append([])
             room = limit
-        shards[-1].append(entry)
+        filled[-1].append(entry)
         room -= size
-    return shards
-
-
-def _write_shards(folder: Path, shards: list[list[Entry]], dtype: torch.dtype) -> None:
-    count = len(shards)
+    count = len(filled)
     names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        with (folder / name).open("wb") as file:
-            write_safetensors(file, shard, dtype)
-    if count > 1:
-        total = sum(entry.nbytes(dtype) for shard in shards for entry in shard)
-        placed = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return dict(zip(names, filled, strict=True))
+
+
+def write_documents(
+    folder: Path, config: Gemma2Config, dtype: torch.dtype, placed: Mapping[str, list[Entry]], scheme: Scheme | None
+) -> None:
+    """The files beside the weights: the configurations, and the index when there are several shards."""
+    documents = _documents(config, dtype, scheme)
+    if len(placed) > 1:
+        total = sum(entry.nbytes(dtype) for shard in placed.values() for entry in shard)
+        weight_map = {entry.name: name for name, shard in placed.items() for entry in shard}
+        documents[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _documents(config: Gemma2Config, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, dict[str, Any]]:
@@ -219,7 +229,7 @@ def _check_names(files: Mapping[str, bytes]) -> None:
         raise UsageError(f"{wrong!r} cannot be saved", "it is not the plain name of a tokenizer file", "rename it")
 
 
-def _check_replaces_a_model(folder: Path) -> None:
+def check_replaces_a_model(folder: Path) -> None:
     """Replacing a folder deletes what is in it, so it has to be a model and not, say, somebody's home."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise UsageError(
