@@ -2,7 +2,7 @@
 
 Everything is first written beside its target under a hidden name, forced to the disk, and then renamed, which
 the file system does in one step. A reader sees the old state or the new one. A process that is killed leaves at
-most the hidden name; the next write of the same folder removes it.
+most the hidden name; the next write of the same folder removes it, or goes on with it (`resumable_folder`).
 """
 
 import contextlib
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cabochon.base.errors import UsageError
+
+_KEY = ".key"
 
 
 @contextlib.contextmanager
@@ -61,6 +63,40 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def resumable_folder(path: Path, key: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """As `atomic_folder`, for work that takes long: when the block fails or the process dies, what is there is kept.
+
+    The next call with the same `key` gets the same folder with everything in it; it is up to the caller to know what
+    of it is whole. A call with another key begins anew. Files whose names begin with a dot are notes of the work, and
+    vanish at the end. Raises `UsageError` also while another process is at work there.
+    """
+    path = path.resolve()
+    _check_target(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.parent / f".{path.name}.unfinished"
+    kept.mkdir(mode=0o700, exist_ok=True)
+    with _lock(kept, wait=False) as ours:
+        if not ours:
+            raise UsageError(
+                f"{path} was not written", "another process is writing it", "wait for it, or name another folder"
+            )
+        mark = kept / _KEY
+        if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
+            for old in kept.iterdir():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            mark.write_text(key, encoding="utf-8")
+        yield kept
+        _check_target(path, overwrite)
+        for file in kept.rglob("*"):
+            _sync(file)
+        kept.chmod(0o777 & ~_umask())
+        _swap(kept, path)
+        for note in path.glob(".*"):
+            note.unlink()
     _sync(path.parent)
 
 

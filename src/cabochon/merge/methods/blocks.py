@@ -14,6 +14,8 @@ from torch import Tensor
 from cabochon.base.errors import BadInput
 
 T = TypeVar("T")
+# Takes rows of the output, float32 [r, C]: from which element of the flattened tensor on, and the values.
+Sink = Callable[[int, Tensor], None]
 Run = Callable[[Callable[[range], T], Iterable[range]], Iterable[T]]
 
 # Elements of a block. In float32 a block of each of two models and of a result stay in the second-level cache.
@@ -53,6 +55,7 @@ class Whole:
     base: Tensor | None = None
     run: Callable[..., Iterable[object]] = map  # calls a function with each of many things, results in their order
     block: int = BLOCK  # elements, at least one row
+    names: tuple[str, ...] = ()  # what errors call the inputs; empty: by their number
 
     def __post_init__(self) -> None:
         _keep_freed_memory()
@@ -104,34 +107,49 @@ class Whole:
         results: Iterable[T] = self.run(lambda rows: function(self.load(rows)), self.blocks())  # type: ignore[assignment]
         return results
 
-    def write(self, apply: Callable[[Block], Tensor], out: Tensor) -> None:
-        """Fill `out` with what a function makes of each block. Raises `BadInput` for values that are not finite."""
-        target = out.view(-1, self.columns)
+    def write(self, apply: Callable[[Block], Tensor], sink: Sink) -> None:
+        """Hand what a function makes of each block to a sink. Raises `BadInput` for values that are not finite."""
 
         def one(rows: range) -> None:
             block = self.load(rows)
             result = apply(block)
             if not torch.isfinite(result.sum()):
                 self._refuse(block, result)
-            written = target[rows.start : rows.stop].copy_(result)
-            if out.dtype == torch.float16 and not torch.isfinite(written).all():
-                raise BadInput(
-                    "the merged values do not fit float16",
-                    f"the largest is {result.abs().max():g}, float16 ends at 65504",
-                    "choose bfloat16 as out_dtype",
-                )
+            sink(block.start, result)
 
         for _ in self.run(one, self.blocks()):
             pass
 
     def _refuse(self, block: Block, result: Tensor) -> None:
         """Say which input is to blame for a result that is not finite."""
-        for number, tensor in enumerate(block.tensors, 1):
-            refuse_unless_finite(tensor, f"model {number}")
-        if block.base is not None:
-            refuse_unless_finite(block.base, "the base model")
+        names = self.names or (*(f"model {i}" for i in range(1, len(block.tensors) + 1)), "the base model")
+        inputs = block.tensors if block.base is None else (*block.tensors, block.base)
+        for tensor, name in zip(inputs, names, strict=False):
+            refuse_unless_finite(tensor, name)
         if not torch.isfinite(result).all():
             raise BadInput("the merge is not finite", "its values leave float32", "use smaller weights")
+
+
+def into(out: Tensor) -> Sink:
+    """A sink that fills a tensor of any float type."""
+    flat = out.view(-1)
+
+    def put(start: int, values: Tensor) -> None:
+        flat[start : start + values.numel()] = fitting(values, out.dtype).view(-1)
+
+    return put
+
+
+def fitting(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in another float type. Raises `BadInput` when they leave float16."""
+    converted = values.to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(converted).all():
+        raise BadInput(
+            "the merged values do not fit float16",
+            f"the largest is {values.abs().max():g}, float16 ends at 65504",
+            "choose bfloat16 as out_dtype",
+        )
+    return converted
 
 
 def _keep_freed_memory() -> None:

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cabochon.base.errors import BadInput, nearest
-from cabochon.merge.methods.blocks import Block, Whole
+from cabochon.merge.methods.blocks import Block, Sink, Whole, into
 
 Apply = Callable[[Block], Tensor]
 
@@ -172,8 +172,8 @@ def tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
 
 
-def merge(method: Method, whole: Whole, settings: Settings, out: Tensor, *, measured: Any = None) -> None:
-    """Merge one tensor into `out`, which has the shape of the inputs and any float type.
+def merge(method: Method, whole: Whole, settings: Settings, out: Tensor | Sink, *, measured: Any = None) -> None:
+    """Merge one tensor into `out`: a tensor of the same shape and any float type, or a sink that takes its blocks.
 
     `measured` is what `method.measure` gave, added up over a layer for methods that are `per_layer`; left out, it is
     measured here, from this tensor alone.
@@ -188,4 +188,4 @@ def merge(method: Method, whole: Whole, settings: Settings, out: Tensor, *, meas
         return
     if measured is None and method.measure is not None:
         measured = method.measure(whole, settings)
-    whole.write(method.prepare(settings, measured), out)
+    whole.write(method.prepare(settings, measured), into(out) if isinstance(out, Tensor) else out)
