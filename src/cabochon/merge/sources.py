@@ -1,0 +1,114 @@
+"""The models of a merge, opened: their tensors where they lie in the files. Names of tensors are ours."""
+
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from cabochon.base.errors import BadInput
+from cabochon.base.files import sha256
+from cabochon.merge.config import ModelRef
+from cabochon.model.config import Gemma2Config
+from cabochon.weights.hub import resolve
+from cabochon.weights.mapped import MappedFile, MappedTensor
+from cabochon.weights.names import to_hf
+from cabochon.weights.read import TORCH
+from cabochon.weights.verify import Checked, verify
+
+# What two models have to share beside the sizes of their tensors, or their weights mean different things.
+_MEANING = (
+    *("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "query_pre_attn_scalar"),
+    *("attn_softcap", "final_softcap", "rope_theta", "norm_eps"),
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One model. The tensors it gives are views of its files: read them only, and let them go when done."""
+
+    ref: ModelRef
+    folder: Path
+    checked: Checked
+    files: Mapping[Path, MappedFile]
+
+    @property
+    def config(self) -> Gemma2Config:
+        return self.checked.config
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.checked.tensors[name].shape
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that are read for a tensor."""
+        return self.checked.tensors[name].nbytes
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as stored."""
+        return self._mapped(name).view()
+
+    def announce(self, name: str) -> None:
+        """Have a tensor that is needed soon read from the disk."""
+        self._mapped(name).announce()
+
+    def let_go(self, name: str) -> None:
+        """Give back the memory of a tensor that is not needed any more."""
+        self._mapped(name).let_go()
+
+    def place(self, name: str) -> str:
+        """Where a tensor is, for errors."""
+        return f"{to_hf(name)} in {self.checked.tensors[name].path}"
+
+    def identity(self) -> list[str]:
+        """What tells whether the files are still the same: their names, sizes and times."""
+        states = [(file, file.stat()) for file in self.checked.files]
+        return [f"{file.resolve()} {state.st_size} {state.st_mtime_ns}" for file, state in states]
+
+    def digests(self) -> list[str]:
+        """The SHA-256 of each weight file. The cache of the Hub has it as the file's real name; others are read."""
+        names = [file.resolve().name for file in self.checked.files]
+        known = [name if re.fullmatch("[0-9a-f]{64}", name) else None for name in names]
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda f, digest: digest or sha256(f), self.checked.files, known))
+
+    def _mapped(self, name: str) -> MappedTensor:
+        stored = self.checked.tensors[name]
+        return self.files[stored.path].tensor(stored, TORCH[stored.dtype])
+
+
+def open_models(refs: Iterable[ModelRef], *, token: str | None = None, offline: bool = False) -> dict[ModelRef, Opened]:
+    """Find, check and map models, fetching those that are on the Hub.
+
+    Raises `BadInput` and `MissingResource` as `verify` and `resolve` do, and `BadInput` for quantised weights.
+    """
+    return {ref: _open(ref, token, offline) for ref in refs}
+
+
+def _open(ref: ModelRef, token: str | None, offline: bool) -> Opened:
+    folder = resolve(ref.path, revision=ref.revision, token=token, offline=offline)
+    checked = verify(folder)
+    if checked.scheme or checked.encoded:
+        bits = checked.scheme.bits if checked.scheme else 4
+        raise BadInput(
+            f"{ref} cannot be merged",
+            f"its weights are quantised ({bits} bits): rounding errors would be merged with the weights",
+            "merge the models that it was made from, then quantise the result (cabochon quantize)",
+        )
+    return Opened(ref, folder, checked, {path: MappedFile(path) for path in checked.files})
+
+
+def refuse_other_architectures(models: Iterable[Opened]) -> list[str]:
+    """Raise `BadInput` unless all models compute alike; what differs without harm comes back as notes."""
+    first, *others = models
+    notes = []
+    for other in others:
+        for field in fields(Gemma2Config):
+            ours, theirs = getattr(first.config, field.name), getattr(other.config, field.name)
+            difference = f"{field.name} is {ours} in {first.ref} and {theirs} in {other.ref}"
+            if ours != theirs and field.name in _MEANING:
+                raise BadInput("models of different architectures cannot be merged", difference, "merge one size only")
+            if ours != theirs and field.name in ("sliding_window", "max_position"):
+                notes.append(f"{difference}; the output has {ours}")
+    return notes
