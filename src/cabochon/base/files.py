@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cabochon.base.errors import UsageError
+from cabochon.base.errors import BadInput, UsageError
 
 _KEY = ".key"
 
@@ -68,7 +68,8 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resumable_folder(path: Path, key: str, *, overwrite: bool = False) -> Iterator[Path]:
-    """As `atomic_folder`, for work that takes long: when the block fails or the process dies, what is there is kept.
+    """As `atomic_folder`, for work that takes long: when the block fails or the process dies, what is there is kept,
+    unless the input was bad.
 
     The next call with the same `key` gets the same folder with everything in it; it is up to the caller to know what
     of it is whole. A call with another key begins anew. Files whose names begin with a dot are notes of the work, and
@@ -89,7 +90,11 @@ def resumable_folder(path: Path, key: str, *, overwrite: bool = False) -> Iterat
             for old in kept.iterdir():
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
             mark.write_text(key, encoding="utf-8")
-        yield kept
+        try:
+            yield kept
+        except BadInput:  # would fail again
+            shutil.rmtree(kept, ignore_errors=True)
+            raise
         _check_target(path, overwrite)
         for file in kept.rglob("*"):
             _sync(file)

@@ -50,6 +50,8 @@ def use_lossless_layers(model: nn.Module, reader: Reader) -> None:
             packed = kind(*values.shape)
             packed.fill(values.split(LOSSLESS_ROWS), high_bytes(values))
             model.set_submodule(name, packed)
+            reader.let_go(f"{name}.weight")
+            reader.let_go(f"{name}.weight")
 
 
 def rounded(reader: Reader, config: Gemma2Config, scheme: Scheme) -> Iterator[Named]:

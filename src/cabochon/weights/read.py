@@ -39,6 +39,11 @@ class Reader:
             raise self._unusable(name, NOT_FINITE)
         return tensor
 
+    def let_go(self, name: str) -> None:
+        """Give back the memory of a tensor that was loaded in place and is not needed any more."""
+        if name not in self._checked.encoded:
+            self._mapped(self._checked.tensors[name]).let_go()
+
     def packed(self, name: str, device: torch.device) -> Tensor:
         """A tensor of a quantised model as stored. Raises `BadInput` for a scale or zero point that cannot be."""
         stored = self._checked.tensors[name]

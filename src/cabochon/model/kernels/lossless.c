@@ -6,14 +6,14 @@
 
    A row is blocks of 128 weights, K padded with zeros: 128 low bytes, then 64 bytes with the choice of weight j of the
    first half in their lower four bits and of the second half in their upper four. Within a half, bytes lie as the
-   instruction that interleaves low and high bytes takes them (`at`).
+   instruction that interleaves low and high bytes takes them.
 
    Products are sums of pairs in float32 (AVX512-BF16), each row's in the same order however many rows there are; the
    plain twin unpacks and multiplies. */
 
 #include "kernels.h"
 
-#define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+#define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,popcnt")))
 #define BLOCK 128
 #define BYTES 192 /* of a packed block */
 #define CHANNELS 4 /* output channels at a time */
@@ -122,35 +122,42 @@ EXPORT void cabochon_lossless_unpack(const Lossless *w, const int64_t *rows, int
     for (int64_t i = 0; i < count; i++) unpack_row(w, rows[i], out + i * w->k);
 }
 
-/* Where the weight at a place of a block of 128 has its low byte, and its choice modulo 64. */
-INLINE int at(int place) {
-    const int half = place / 64, rest = place % 64;
-    return half * 64 + rest % 32 / 8 * 16 + rest / 32 * 8 + rest % 8;
+/* Pack 64 weights; gives which of them the table lacks. The instruction that packs words undoes the interleaving. */
+BF16 INLINE __mmask64 pack_half(const uint16_t *from, const uint8_t *table, uint8_t *low, __m512i *choices) {
+    const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 32), byte = _mm512_set1_epi16(255);
+    const __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+    __mmask64 found = 0;
+    *choices = _mm512_setzero_si512();
+    for (int c = 15; c >= 0; c--) { /* the first place of a byte that stands twice is the last to be written */
+        const __mmask64 equal = _mm512_cmpeq_epi8_mask(high, _mm512_set1_epi8((char)table[c]));
+        *choices = _mm512_mask_mov_epi8(*choices, equal, _mm512_set1_epi8((char)c));
+        found |= equal;
+    }
+    const __m512i lows = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
+    _mm512_storeu_si512(low, _mm512_maskz_mov_epi8(found, lows));
+    return ~found;
 }
 
-/* Pack rows [n, K]; `choice` [256] is the table the other way round, 255 for what it lacks; `count` [n] exceptions. */
-EXPORT void cabochon_lossless_pack(const uint16_t *w, const uint8_t *choice, uint8_t *out, int32_t *count, int64_t n,
-                                   int64_t k) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < n; row++) {
-        int32_t missing = 0;
-        for (int64_t b = 0; b < k / BLOCK; b++) {
-            const uint16_t *from = w + row * k + b * BLOCK;
-            uint8_t *to = out + (row * (k / BLOCK) + b) * BYTES, choices[BLOCK];
-            for (int i = 0; i < BLOCK; i++) {
-                const uint8_t found = choice[from[i] >> 8];
-                const int lacking = found == 255;
-                missing += lacking;
-                to[at(i)] = lacking ? 0 : (uint8_t)from[i];
-                choices[at(i)] = lacking ? 0 : found;
-            }
-            for (int i = 0; i < 64; i++) to[BLOCK + i] = choices[i] | choices[64 + i] << 4;
-        }
-        count[row] = missing;
+/* Pack rows [n, K]; `count` [n] exceptions. */
+BF16 static void pack_row(const uint16_t *from, const uint8_t *table, uint8_t *to, int32_t *count, int64_t k) {
+    *count = 0;
+    for (int64_t b = 0; b < k / BLOCK; b++, from += BLOCK, to += BYTES) {
+        __m512i choices[2];
+        for (int half = 0; half < 2; half++)
+            *count += (int32_t)_mm_popcnt_u64(pack_half(from + 64 * half, table, to + 64 * half, choices + half));
+        _mm512_storeu_si512(to + BLOCK, _mm512_or_si512(choices[0], _mm512_slli_epi16(choices[1], 4)));
     }
 }
 
-/* The columns and values of the exceptions; `start` [n + 1] says where each row's begin. */
+EXPORT void cabochon_lossless_pack(const uint16_t *w, const uint8_t *table, uint8_t *out, int32_t *count, int64_t n,
+                                   int64_t k) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < n; row++)
+        pack_row(w + row * k, table, out + row * (k / BLOCK) * BYTES, count + row, k);
+}
+
+/* The columns and values of the exceptions; `start` [n + 1] says where each row's begin, `choice` [256] is 255 for high
+   bytes that the table lacks. */
 EXPORT void cabochon_lossless_exceptions(const uint16_t *w, const uint8_t *choice, const int32_t *start, int32_t *column,
                                          uint16_t *value, int64_t n, int64_t k) {
 #pragma omp parallel for schedule(static)
