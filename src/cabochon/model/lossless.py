@@ -20,7 +20,7 @@ from cabochon.model.kernels.native import floats, library
 BLOCK = 128
 CHOICES = 16  # high bytes in a table
 SAMPLE = 2**20  # weights whose high bytes are counted for it
-FEW_ROWS = 192  # up to here multiplying packed weights is faster than unpacking them (measured, 9216 x 2304)
+FEW_ROWS = 64  # up to here multiplying packed weights is faster than unpacking them (measured, 9216 x 2304)
 NOT_IN_TABLE = 255
 
 

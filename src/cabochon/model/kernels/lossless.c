@@ -16,7 +16,7 @@
 #define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,popcnt")))
 #define BLOCK 128
 #define BYTES 192 /* of a packed block */
-#define CHANNELS 4 /* output channels at a time */
+#define CHANNELS 32 /* output channels at a time: what they take stays in the second-level cache for more rows */
 #define ROWS 4
 
 typedef struct {
@@ -51,59 +51,60 @@ BF16 INLINE __m512i load_table(const uint8_t *table) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
 }
 
-/* Products of `rows` rows (a constant once inlined) with `channels` output channels, of which the next are fetched. */
-BF16 INLINE void dots(const int rows, const int channels, const Lossless *w, const uint16_t *x, Floats out, int64_t row,
-                      int64_t channel) {
-    const int64_t blocks = w->k / BLOCK, stride = blocks * BYTES;
-    const __m512i table = load_table(w->table);
-    __m512 sum[ROWS][CHANNELS];
+/* Products of `rows` rows (a constant once inlined) with one output channel, without its exceptions: `out` [rows]. */
+BF16 INLINE void dots(const int rows, const Lossless *w, const uint16_t *x, __m512i table, int64_t n, float *out,
+                      int64_t next) {
+    const int64_t blocks = w->k / BLOCK;
+    const uint8_t *p = w->weight + n * blocks * BYTES;
+    __m512 sum[ROWS][4];
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < channels; c++) sum[r][c] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < blocks; b++)
-        for (int c = 0; c < channels; c++) {
-            const uint8_t *p = w->weight + (channel + c) * stride + b * BYTES;
-            for (int line = 0; line < BYTES; line += 64) _mm_prefetch(p + channels * stride + line, _MM_HINT_T1);
-            __m512i weights[4];
-            expand(p, table, weights);
-            for (int r = 0; r < rows; r++)
-                for (int i = 0; i < 4; i++) {
-                    const __m512i a = _mm512_loadu_si512(x + (row + r) * w->k + b * BLOCK + i * 32);
-                    sum[r][c] = _mm512_dpbf16_ps(sum[r][c], (__m512bh)a, (__m512bh)weights[i]);
-                }
-        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum[r][i] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks; b++, p += BYTES) {
+        __m512i weights[4];
+        expand(p, table, weights);
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const __m512i a = _mm512_loadu_si512(x + r * w->k + b * BLOCK + i * 32);
+                sum[r][i] = _mm512_dpbf16_ps(sum[r][i], (__m512bh)a, (__m512bh)weights[i]);
+            }
+    }
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < channels; c++) {
-            float total = _mm512_reduce_add_ps(sum[r][c]);
-            const int64_t n = channel + c, to = (row + r) * w->n + n;
-            for (int32_t e = w->start[n]; e < w->start[n + 1]; e++)
-                total += widen(x[(row + r) * w->k + w->column[e]]) * widen(w->value[e]);
-            if (out.is_bf16)
-                ((uint16_t *)out.data)[to] = round_bf16(total);
-            else
-                ((float *)out.data)[to] = total;
-        }
+        out[r * next] = _mm512_reduce_add_ps(
+            _mm512_add_ps(_mm512_add_ps(sum[r][0], sum[r][1]), _mm512_add_ps(sum[r][2], sum[r][3])));
 }
 
-#define SHAPES(CHANNELS_)                                                        \
-    switch (m - row) {                                                           \
-        case 1: dots(1, CHANNELS_, w, x, out, row, channel); break;              \
-        case 2: dots(2, CHANNELS_, w, x, out, row, channel); break;              \
-        case 3: dots(3, CHANNELS_, w, x, out, row, channel); break;              \
-        default: dots(4, CHANNELS_, w, x, out, row, channel);                    \
-    }
-
-BF16 static void some_rows(const Lossless *w, const uint16_t *x, Floats out, int64_t row, int64_t m, int64_t channel) {
-    if (w->n - channel >= CHANNELS) {
-        SHAPES(CHANNELS)
-    } else
-        for (; channel < w->n; channel++) SHAPES(1)
+/* Some rows with `count` channels from `first` on. Channels are read one after the other, as they lie in memory, which
+   is how a core reads fastest; the exceptions come afterwards, since a branch that is guessed wrong stops the reading. */
+BF16 static void some_channels(const Lossless *w, const uint16_t *x, Floats out, int64_t row, int64_t rows,
+                               int64_t first, int64_t count) {
+    float sums[ROWS][CHANNELS];
+    const __m512i table = load_table(w->table);
+    x += row * w->k;
+    for (int64_t c = 0; c < count; c++) switch (rows) {
+            case 1: dots(1, w, x, table, first + c, &sums[0][c], CHANNELS); break;
+            case 2: dots(2, w, x, table, first + c, &sums[0][c], CHANNELS); break;
+            case 3: dots(3, w, x, table, first + c, &sums[0][c], CHANNELS); break;
+            default: dots(4, w, x, table, first + c, &sums[0][c], CHANNELS);
+        }
+    for (int64_t r = 0; r < rows && r < ROWS; r++)
+        for (int64_t c = 0, e = w->start[first]; c < count; c++) {
+            for (; e < w->start[first + c + 1]; e++) sums[r][c] += widen(x[r * w->k + w->column[e]]) * widen(w->value[e]);
+            const int64_t to = (row + r) * w->n + first + c;
+            if (out.is_bf16)
+                ((uint16_t *)out.data)[to] = round_bf16(sums[r][c]);
+            else
+                ((float *)out.data)[to] = sums[r][c];
+        }
 }
 
 /* out [M, N] = x [M, K] w^T, x bfloat16. */
 EXPORT void cabochon_lossless_linear(const Lossless *w, const uint16_t *x, Floats out, int64_t m) {
 #pragma omp parallel for schedule(static)
-    for (int64_t channel = 0; channel < w->n; channel += CHANNELS)
-        for (int64_t row = 0; row < m; row += ROWS) some_rows(w, x, out, row, m, channel);
+    for (int64_t first = 0; first < w->n; first += CHANNELS)
+        for (int64_t row = 0; row < m; row += ROWS)
+            some_channels(w, x, out, row, m - row, first, w->n - first < CHANNELS ? w->n - first : CHANNELS);
 }
 
 BF16 static void unpack_row(const Lossless *w, int64_t row, uint16_t *out) {
