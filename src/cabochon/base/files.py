@@ -78,7 +78,7 @@ def resumable_folder(path: Path, key: str, *, overwrite: bool = False) -> Iterat
     path = path.resolve()
     _check_target(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.parent / f".{path.name}.unfinished"
+    kept = _unfinished(path)
     kept.mkdir(mode=0o700, exist_ok=True)
     with _lock(kept, wait=False) as ours:
         if not ours:
@@ -103,6 +103,15 @@ def resumable_folder(path: Path, key: str, *, overwrite: bool = False) -> Iterat
         for note in path.glob(".*"):
             note.unlink()
     _sync(path.parent)
+
+
+def unfinished_bytes(path: Path) -> int:
+    """Bytes on the disk of what `resumable_folder` keeps for `path`."""
+    return sum(file.stat().st_blocks * 512 for file in _unfinished(path.resolve()).glob("*"))
+
+
+def _unfinished(path: Path) -> Path:
+    return path.parent / f".{path.name}.unfinished"
 
 
 def sha256(path: Path) -> str:

@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": ("cabochon.cli.doctor:doctor", "", "Check what this machine can run, and that it is exact."),
     "bench": ("cabochon.cli.bench:bench", "[MODEL]", "Measure how fast a model runs on this machine."),
     "quantize": ("cabochon.cli.quantize:quantize", "SRC DST --bits 8|4", "Write a model with 8- or 4-bit weights."),
+    "merge": ("cabochon.cli.merge:merge", "CONFIG OUT", "Merge models as a mergekit file says."),
     "init": ("cabochon.cli.init:init", "--preset SIZE --out FOLDER", "Make a model with random weights."),
 }
 

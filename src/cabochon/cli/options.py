@@ -22,12 +22,19 @@ SystemPrompt = Annotated[
 
 @Parameter(name="*", group="Where the model comes from")
 @dataclass(frozen=True, kw_only=True)
-class HubOptions:
+class HubAccess:
+    """How Hugging Face ids are fetched; without effect on folders."""
+
+    token: Annotated[str | None, Parameter(help="Hub access token; HF_TOKEN does the same and stays private.")] = None
+    offline: Annotated[bool, Parameter(negative="", help="Use only what is already on this machine.")] = False
+
+
+@Parameter(name="*", group="Where the model comes from")
+@dataclass(frozen=True, kw_only=True)
+class HubOptions(HubAccess):
     """How a Hugging Face id is looked up; without effect on folders."""
 
     revision: Annotated[str | None, Parameter(help="Branch, tag or commit on the Hub.")] = None
-    token: Annotated[str | None, Parameter(help="Hub access token; HF_TOKEN does the same and stays private.")] = None
-    offline: Annotated[bool, Parameter(negative="", help="Use only what is already on this machine.")] = False
 
 
 @Parameter(name="*", group="How the model runs")

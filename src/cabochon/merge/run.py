@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from cabochon.base.files import unfinished_bytes
 from cabochon.base.version import package_version
 from cabochon.merge.card import card
 from cabochon.merge.config import MergeConfig, ModelRef
@@ -19,50 +21,58 @@ TOKENIZER_FILES = (
 )
 
 
-def merge_models(
-    config: MergeConfig,
-    out: Path,
-    *,
-    seed: int = 0,
-    threads: int = 0,
-    shard_bytes: int = SHARD_BYTES,
-    overwrite: bool = False,
-    token: str | None = None,
-    offline: bool = False,
-    report: Callable[[int], None] = lambda _: None,
-) -> Plan:
-    """Merge models into a new folder, whole or not at all, and give the plan that was carried out.
+@dataclass(frozen=True)
+class Merge:
+    """A merge whose models are open and whose plan is made: all that can be wrong with its configuration was said."""
 
-    Args are those of `execute.execute` and `sources.open_models`, which also say what is raised; `seed` is for the
-    methods that drop weights at random.
-    """
-    models = open_models(config.models(), token=token, offline=offline)
-    laid_out = plan(config, models, seed=seed)
-    donor = models[config.base or config.models()[0]]
-    files = {
-        **tokenizer_files(donor),
-        "README.md": card(out.name, config, laid_out, models, seed).encode(),
-        CONFIG_FILE: config.text.encode(),
-    }
-    execute(
-        laid_out,
-        models,
-        out,
-        key=work_key(config, models, seed, shard_bytes),
-        files=files,
-        threads=threads,
-        shard_bytes=shard_bytes,
-        overwrite=overwrite,
-        report=report,
-    )
-    return laid_out
+    config: MergeConfig
+    models: Mapping[ModelRef, Opened]
+    plan: Plan
+    seed: int = 0
 
+    @classmethod
+    def prepare(cls, config: MergeConfig, *, seed: int = 0, token: str | None = None, offline: bool = False) -> "Merge":
+        """Find the models, fetching those on the Hub, and lay the merge out. Raises as `open_models` and `plan`."""
+        models = open_models(config.models(), token=token, offline=offline)
+        return cls(config, models, plan(config, models, seed=seed), seed)
 
-def work_key(config: MergeConfig, models: Mapping[ModelRef, Opened], seed: int, shard_bytes: int) -> str:
-    """What the bytes of a merge depend on, as one word: unfinished work with another one is of no use."""
-    states = [line for model in models.values() for line in model.identity()]
-    told = "\n".join([package_version(), repr(config), str(seed), str(shard_bytes), *states])
-    return hashlib.sha256(told.encode()).hexdigest()
+    def write(
+        self,
+        out: Path,
+        *,
+        threads: int = 0,
+        shard_bytes: int = SHARD_BYTES,
+        overwrite: bool = False,
+        report: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Write the merged model with its tokenizer and card, whole or not at all; as `execute`."""
+        donor = self.models[self.config.base or self.config.models()[0]]
+        files = {
+            **tokenizer_files(donor),
+            "README.md": card(out.resolve().name, self.config, self.plan, self.models, self.seed).encode(),
+            CONFIG_FILE: self.config.text.encode(),
+        }
+        execute(
+            self.plan,
+            self.models,
+            out,
+            key=self._key(shard_bytes),
+            files=files,
+            threads=threads,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+            report=report,
+        )
+
+    def missing_bytes(self, out: Path) -> int:
+        """Bytes that the disk still has to find room for, given what an unfinished merge left."""
+        return max(0, self.plan.nbytes - unfinished_bytes(out))
+
+    def _key(self, shard_bytes: int) -> str:
+        """What the bytes of the output depend on, as one word: unfinished work with another one is of no use."""
+        states = [line for model in self.models.values() for line in model.identity()]
+        told = "\n".join([package_version(), repr(self.config), str(self.seed), str(shard_bytes), *states])
+        return hashlib.sha256(told.encode()).hexdigest()
 
 
 def tokenizer_files(model: Opened) -> dict[str, bytes]:
