@@ -26,6 +26,9 @@ def merge(
     seed: Annotated[int, Parameter(help="For methods that drop weights at random: the same seed, the same model.")] = 0,
     threads: Annotated[int, Parameter(help="How many; 0: one for each core. The result does not depend on it.")] = 0,
     shard_size: Annotated[float, Parameter(help="The most GB of weights in one file.")] = 5.0,
+    hashes: Annotated[
+        bool, Parameter(negative="", help="Put the SHA-256 of large weight files into the model card, too.")
+    ] = False,
     overwrite: Annotated[bool, Parameter(negative="", help="Replace a model folder that is there.")] = False,
     json: Json = False,
     hub: HubAccess = HubAccess(),
@@ -60,9 +63,9 @@ def merge(
     print(f"{facts['method']} of {facts['models']} models: {work.plan.nbytes / GIB:.2f} GiB", file=sys.stderr)
     from cabochon.base.progress import track
 
+    settings: dict[str, Any] = {"threads": threads, "shard_bytes": int(shard_size * 1e9), "hashes": hashes}
     with track(work.plan.nbytes, "merging", unit="bytes") as advance:
-        shard_bytes = int(shard_size * 1e9)
-        work.write(target, threads=threads, shard_bytes=shard_bytes, overwrite=overwrite, report=advance)
+        work.write(target, overwrite=overwrite, report=advance, **settings)
     print(json_format.dumps({"folder": str(target), **facts}) if json else target)
 
 
@@ -102,9 +105,11 @@ def _table(plan: "Plan", facts: dict[str, Any]) -> str:
     ]
     last = None
     for tensor in _tensors(plan):
-        shown = ", ".join(f"{name} {_value(value)}" for name, value in tensor["parameters"].items()) or "no parameters"
+        shown = ", ".join(f"{name} {_value(value)}" for name, value in tensor["parameters"].items())
+        if shown != last:
+            lines.append(f"  with {shown or 'no parameters'}:")
         sources = " + ".join(tensor["from"]) + (f", base {tensor['base']}" if tensor["base"] else "")
-        lines.append(f"{tensor['name']} {tensor['shape']}  {sources}" + ("" if shown == last else f"\n    {shown}"))
+        lines.append(f"{tensor['name']} {tensor['shape']} = {sources}")
         last = shown
     return "\n".join(lines)
 

@@ -35,14 +35,17 @@ A merge of {count} made by cabochon {version} with the method `{method}` ({sourc
 """
 
 
-def card(name: str, config: MergeConfig, plan: Plan, models: Mapping[ModelRef, Opened], seed: int) -> str:
-    """The `README.md` of a merged model, with the metadata that the Hub reads."""
+def card(
+    name: str, config: MergeConfig, plan: Plan, models: Mapping[ModelRef, Opened], *, seed: int, hashes: bool
+) -> str:
+    """The `README.md` of a merged model, with the metadata that the Hub reads; `hashes` as in `Opened.digests`."""
     hub = [ref.path for ref in models if _is_hub_id(ref.path)]
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["gemma2", "merge", "cabochon"]}
     if hub:
         metadata |= {"base_model": hub, "base_model_relation": "merge"}
     rows = [
-        f"| {'base' if ref == config.base else 'model'} | {ref} | {_digests(model)} |" for ref, model in models.items()
+        f"| {'base' if ref == config.base else 'model'} | {ref} | {_digests(model, hashes)} |"
+        for ref, model in models.items()
     ]
     return _TEXT.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
@@ -65,5 +68,5 @@ def _is_hub_id(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
 
 
-def _digests(model: Opened) -> str:
-    return ", ".join(f"`{digest}`" for digest in model.digests())
+def _digests(model: Opened, compute: bool) -> str:
+    return ", ".join(f"`{digest}`" if digest else "not computed" for digest in model.digests(compute=compute))

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -121,6 +122,7 @@ class _Output:
         self.placed = shards(entries.values(), plan.dtype, shard_bytes)
         self._dtype, self._committer, self._commits = plan.dtype, committer, list[Future[None]]()
         self._files: dict[str, int] = {}
+        self._turn = Lock()  # of writing: the system has one for each file, and burns a core in waiting for it
         self._places: dict[str, tuple[int, int, int]] = {}  # our name: descriptor, offset, bytes
         ours = {entry.name: name for name, entry in entries.items()}
         fresh = False
@@ -155,7 +157,8 @@ class _Output:
 
         def put(start: int, values: Tensor) -> None:
             ready = fitting(values, dtype).contiguous().view(-1).view(torch.uint8)
-            _write_at(descriptor, ready.numpy().data, offset + start * dtype.itemsize)
+            with self._turn:
+                _write_at(descriptor, ready.numpy().data, offset + start * dtype.itemsize)
 
         return put
 

@@ -43,13 +43,18 @@ class Merge:
         threads: int = 0,
         shard_bytes: int = SHARD_BYTES,
         overwrite: bool = False,
+        hashes: bool = False,
         report: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Write the merged model with its tokenizer and card, whole or not at all; as `execute`."""
+        """Write the merged model with its tokenizer and card, whole or not at all; as `execute`.
+
+        `hashes` puts the SHA-256 of large weight files into the card, too, which takes seconds for each.
+        """
+        text = card(out.resolve().name, self.config, self.plan, self.models, seed=self.seed, hashes=hashes)
         donor = self.models[self.config.base or self.config.models()[0]]
         files = {
             **tokenizer_files(donor),
-            "README.md": card(out.resolve().name, self.config, self.plan, self.models, self.seed).encode(),
+            "README.md": text.encode(),
             CONFIG_FILE: self.config.text.encode(),
         }
         execute(

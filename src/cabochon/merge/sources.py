@@ -24,6 +24,8 @@ _MEANING = (
     *("attn_softcap", "final_softcap", "rope_theta", "norm_eps"),
 )
 
+SMALL = 1_000_000_000  # bytes that are hashed in a moment
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -66,12 +68,17 @@ class Opened:
         states = [(file, file.stat()) for file in self.checked.files]
         return [f"{file.resolve()} {state.st_size} {state.st_mtime_ns}" for file, state in states]
 
-    def digests(self) -> list[str]:
-        """The SHA-256 of each weight file. The cache of the Hub has it as the file's real name; others are read."""
-        names = [file.resolve().name for file in self.checked.files]
+    def digests(self, *, compute: bool = False) -> list[str | None]:
+        """The SHA-256 of each weight file. The cache of the Hub has it as the file's real name; other files are read,
+        which takes seconds for each model, if that is asked for or they are small; else None.
+        """
+        files = self.checked.files
+        names = [file.resolve().name for file in files]
         known = [name if re.fullmatch("[0-9a-f]{64}", name) else None for name in names]
+        if not compute and sum(file.stat().st_size for file in files) > SMALL:
+            return list(known)
         with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda f, digest: digest or sha256(f), self.checked.files, known))
+            return list(pool.map(lambda file, digest: digest or sha256(file), files, known))
 
     def _mapped(self, name: str) -> MappedTensor:
         stored = self.checked.tensors[name]

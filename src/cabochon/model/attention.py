@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from cabochon.base.errors import CabochonError, UsageError, nearest
 from cabochon.model.proof import failures
@@ -97,10 +96,17 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float
         part = (q[:, :, start:end], k[:, :, low:high], v[:, :, low:high])
         mask = visible.mask(slice(start, end), slice(low, high))
         if torch.is_grad_enabled() and q.requires_grad:  # keep no scores for the way back: make them again
-            blocks.append(checkpoint(_attend, *part, mask, scale, softcap, use_reentrant=False))
+            blocks.append(_recomputed(*part, mask, scale, softcap))
         else:
             blocks.append(_attend(*part, mask, scale, softcap))
     return torch.cat(blocks[::-1], dim=2)
+
+
+def _recomputed(*inputs: Any) -> Tensor:
+    from torch.utils.checkpoint import checkpoint  # takes a second to import, and only training needs it
+
+    mixed: Tensor = checkpoint(_attend, *inputs, use_reentrant=False)
+    return mixed
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
