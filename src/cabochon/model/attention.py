@@ -170,9 +170,11 @@ BACKENDS: dict[str, Backend] = {"plain": plain, "blockwise": blockwise, "flex": 
 _PROVED: set[tuple[str, str, torch.dtype]] = set()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def prove(name: str, device: str, dtype: torch.dtype) -> None:
     """Let a backend show what it can on a device; raises `CabochonError` with what it got wrong."""
+    if torch.compiler.is_compiling():  # as a decorator, `disable` would import the compiler for everyone: a second
+        torch.compiler.disable(prove)(name, device, dtype)
+        return
     wrong = failures(BACKENDS[name], device, dtype, with_softcap=name != "sdpa")
     if wrong:
         raise CabochonError(

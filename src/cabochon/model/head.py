@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 256 * 2**20
 
@@ -28,6 +27,8 @@ def token_losses(head: Head, hidden: Tensor, targets: Tensor, vocab_size: int) -
     size = chunk_size(vocab_size)
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     if torch.is_grad_enabled() and len(hidden) > size:
+        from torch.utils.checkpoint import checkpoint  # only training needs it
+
         return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
     return torch.cat([losses(*part) for part in parts])
 
