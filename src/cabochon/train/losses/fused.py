@@ -1,0 +1,278 @@
+"""The walk over chunks of tokens: a head loss, its value and its gradients, without the logits of the batch.
+
+The gradient with respect to a chunk's logits is known as soon as the chunk's loss is: both products that follow
+from it, towards the hidden states and towards the weight, are made at once, and the chunk's memory serves the next
+one. `backward` only multiplies. So three products are made, as many as without chunks, and nothing is made twice.
+The idea is that of Liger (arXiv 2410.10989, section 3.2); here both soft caps and every divergence are included.
+
+Dimension letters: M tokens, C tokens of a chunk, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cabochon.base.errors import UsageError
+from cabochon.train.losses.cross_entropy import CrossEntropy
+from cabochon.train.losses.divergences import Divergence, ForwardKL
+from cabochon.train.losses.logits import LogitTransform
+from cabochon.train.losses.teachers import (
+    Head,
+    LiveTeacher,
+    SampledTeacher,
+    TopKTeacher,
+    against_draws,
+    against_live,
+    against_top_k,
+)
+
+CHUNK_BYTES = 128 * 2**20
+
+# Raw logits [C, V], rows int64 [C] of the batch, weights [C] -> losses [C]; the logits become their gradient.
+ChunkLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the batch is walked.
+
+    Args:
+        chunk_bytes: what the logits of a chunk may take, those of a live teacher included.
+        weight_gradient: what the weight's gradient is added up in, chunk by chunk; None: float32, or float64 for
+            weights in it. bfloat16 saves half of that memory and rounds after each chunk.
+    """
+
+    chunk_bytes: int = CHUNK_BYTES
+    weight_gradient: torch.dtype | None = None
+
+
+def cross_entropy(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    count: float,
+    kind: CrossEntropy = CrossEntropy(),
+    *,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    walk: Walk = Walk(),
+) -> Tensor:
+    """Sum over tokens of the cross-entropy in nats, divided by count; a scalar with gradients for hidden and head.
+
+    Args:
+        hidden: [M, D].
+        head: its weight may be float32 while products are bfloat16, under autocast.
+        targets: int64 [M]; tokens with a negative one are left out, and cost nothing.
+        count: tokens of the whole step, over all its parts.
+        weights: [M], what single tokens count for; None: 1.
+
+    Raises:
+        UsageError: shapes do not fit, or the temperature is not positive.
+    """
+    _check(hidden, head, temperature, targets)
+    transform = LogitTransform(head.soft_cap, temperature)
+
+    def losses(raw: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        return kind.value_and_logit_gradient(raw, targets[rows], shares, transform)
+
+    return _walk(hidden, head, losses, (targets >= 0, weights, count), walk)
+
+
+def distill(
+    hidden: Tensor,
+    head: Head,
+    teacher: LiveTeacher | TopKTeacher | SampledTeacher,
+    count: float,
+    divergence: Divergence = ForwardKL(),
+    *,
+    counted: Tensor | None = None,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    walk: Walk = Walk(),
+) -> Tensor:
+    """Sum over tokens of the divergence from a teacher in nats, divided by count; gradients for the student alone.
+
+    Args:
+        hidden: the student's, [M, D].
+        head: the student's.
+        teacher: for the same M tokens.
+        count: tokens of the whole step, over all its parts.
+        divergence: with a `SampledTeacher` forward KL only.
+        counted: bool [M], tokens that count; None: all.
+        temperature: what the logits of both are divided by. The loss is not multiplied by its square.
+        weights: [M], what single tokens count for; None: 1.
+
+    Raises:
+        UsageError: shapes do not fit, the temperature is not positive, or draws are to estimate another divergence.
+    """
+    _check(hidden, head, temperature, teacher.hidden if isinstance(teacher, LiveTeacher) else teacher.ids)
+    losses = _chunk_loss(teacher, divergence, head, temperature, product_dtype(hidden))
+    if counted is None:
+        counted = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    return _walk(hidden, head, losses, (counted, weights, count), walk, heads=1 + isinstance(teacher, LiveTeacher))
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """What `linear` would compute in: autocast's dtype where that is on, else that of the hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def chunk_rows(vocab_size: int, item_bytes: int, heads: int, budget: int) -> int:
+    """Tokens of a chunk: as many as the budget allows, in steps of 16 beyond 16; at least one."""
+    rows = max(1, budget // (vocab_size * item_bytes * heads))
+    return rows if rows < 16 else rows // 16 * 16
+
+
+def _check(hidden: Tensor, head: Head, temperature: float, per_token: Tensor) -> None:
+    """Raise what `cross_entropy` and `distill` say."""
+    what = "this head loss cannot be computed"
+    if temperature <= 0:
+        raise UsageError(what, f"temperature {temperature} is not positive", "1 leaves the distribution as it is")
+    if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
+        shapes = f"hidden states {list(hidden.shape)} for a head {list(head.weight.shape)}"
+        raise UsageError(what, shapes, "they are [tokens, hidden size] and [vocabulary, hidden size]")
+    if len(per_token) != len(hidden):
+        raise UsageError(what, f"{len(per_token)} targets for {len(hidden)} tokens", "give one for each token")
+
+
+def _chunk_loss(
+    teacher: LiveTeacher | TopKTeacher | SampledTeacher,
+    divergence: Divergence,
+    head: Head,
+    temperature: float,
+    dtype: torch.dtype,
+) -> ChunkLoss:
+    """What a chunk's logits are held against."""
+    transform = LogitTransform(head.soft_cap, temperature)
+    if isinstance(teacher, LiveTeacher):
+        if len(teacher.head.weight) != len(head.weight):
+            sizes = f"the teacher knows {len(teacher.head.weight)} ids, the student {len(head.weight)}"
+            raise UsageError("these two cannot be compared", sizes, "distil between models of one tokenizer")
+        return _LiveLoss(teacher, divergence, transform, dtype)
+    if isinstance(teacher, TopKTeacher):
+        return lambda raw, rows, shares: against_top_k(raw, teacher.rows(rows), shares, divergence, transform)
+    if isinstance(divergence, ForwardKL):
+        return lambda raw, rows, shares: against_draws(raw, teacher.rows(rows), shares, transform)
+    raise UsageError(
+        "draws cannot estimate this divergence", "only the forward KL is linear in the teacher", "store the top k"
+    )
+
+
+class _LiveLoss:
+    """The chunk loss against a live teacher, whose logits have a buffer of their own."""
+
+    def __init__(
+        self, teacher: LiveTeacher, divergence: Divergence, student: LogitTransform, dtype: torch.dtype
+    ) -> None:
+        self.hidden = teacher.hidden.detach()
+        self.weight = teacher.head.weight.detach().to(dtype)
+        self.divergence = divergence
+        self.transforms = (student, LogitTransform(teacher.head.soft_cap, student.temperature))
+        self.buffer: Tensor | None = None
+
+    def __call__(self, raw: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        if self.buffer is None:
+            self.buffer = torch.empty_like(raw)  # the first chunk is the largest
+        out = self.buffer[: len(rows)]
+        torch.mm(self.hidden[rows].to(self.weight.dtype), self.weight.t(), out=out)
+        return against_live(raw, out, shares, self.divergence, self.transforms)
+
+
+def _walk(
+    hidden: Tensor,
+    head: Head,
+    losses: ChunkLoss,
+    tokens: tuple[Tensor, Tensor | None, float],
+    walk: Walk,
+    heads: int = 1,
+) -> Tensor:
+    """The loss over the tokens that count (bool [M]), with weights [M] or None, divided by the count."""
+    counted, weights, count = tokens
+    rows = counted.nonzero()[:, 0]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    shares = torch.ones(len(rows), dtype=wide, device=hidden.device) if weights is None else weights[rows].to(wide)
+    dtype = product_dtype(hidden)
+    size = chunk_rows(len(head.weight), dtype.itemsize, heads, walk.chunk_bytes)
+    plan = _Plan(losses, rows, shares / count, size, dtype, walk.weight_gradient)
+    loss: Tensor = _HeadLoss.apply(hidden, head.weight, plan)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the walk needs besides the two tensors that have gradients: rows int64 [R], shares [R]."""
+
+    losses: ChunkLoss
+    rows: Tensor
+    shares: Tensor
+    size: int
+    dtype: torch.dtype
+    weight_gradient: torch.dtype | None
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+        """The loss; keeps the gradients for `backward`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, ctx.hidden_gradient, ctx.weight_gradient = _walk_chunks(hidden, weight, plan, ctx.needs_input_grad)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """The kept gradients times that of the loss, in place: they are handed over, not copied."""
+        gradients = ctx.hidden_gradient, ctx.weight_gradient
+        ctx.hidden_gradient = ctx.weight_gradient = None
+        if all(gradient is None for gradient in gradients):
+            raise RuntimeError("a head loss can go backward only once: its gradients were handed over")
+        if grad_output.item() != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_output)
+        return gradients[0], gradients[1], None
+
+
+def _walk_chunks(
+    hidden: Tensor, weight: Tensor, plan: _Plan, needed: tuple[bool, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss float64, gradient of hidden and gradient of weight, chunk by chunk; no gradient where none is needed."""
+    matrix = weight.to(plan.dtype)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    towards_hidden = torch.zeros_like(hidden) if needed[0] else None
+    towards_weight = _WeightGradient(matrix, plan) if needed[1] else None
+    buffer = matrix.new_empty(min(plan.size, len(plan.rows)), len(matrix))
+    for rows, shares in zip(plan.rows.split(plan.size), plan.shares.split(plan.size), strict=True):
+        part, raw = hidden[rows].to(plan.dtype), buffer[: len(rows)]
+        torch.mm(part, matrix.t(), out=raw)
+        total += plan.losses(raw, rows, shares).sum(dtype=torch.float64)
+        if towards_hidden is not None:
+            towards_hidden[rows] = torch.mm(raw, matrix).to(hidden.dtype)
+        if towards_weight is not None:
+            towards_weight.add(raw, part)
+    gradient = None if towards_weight is None else towards_weight.sum.to(weight.dtype)
+    return total.to(plan.shares.dtype), towards_hidden, gradient
+
+
+class _WeightGradient:
+    """The sum over chunks of (gradient of logits)^T (hidden states), [V, D].
+
+    A product of bfloat16 comes out in bfloat16; adding those up in bfloat16 would lose what later chunks bring, so
+    the sum is float32.
+    """
+
+    def __init__(self, matrix: Tensor, plan: _Plan) -> None:
+        dtype = plan.weight_gradient or torch.promote_types(matrix.dtype, torch.float32)
+        self.sum = torch.zeros_like(matrix, dtype=dtype)
+        self.product = None if dtype is matrix.dtype else torch.empty_like(matrix)
+
+    def add(self, raw: Tensor, part: Tensor) -> None:
+        """One more chunk: gradient of logits [C, V], hidden states [C, D]."""
+        if self.product is None:
+            torch.addmm(self.sum, raw.t(), part, out=self.sum)
+        else:
+            self.sum += torch.mm(raw.t(), part, out=self.product)
