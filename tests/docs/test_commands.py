@@ -19,6 +19,8 @@ NOT_RUN = {
     'cabochon run google/gemma-2-2b --raw "The capital of France is"': NETWORK,
     "cabochon pull google/gemma-2-2b-it": NETWORK,
     "cabochon quantize google/gemma-2-2b-it gemma-2b-int8 --bits 8": NETWORK,
+    "cabochon merge slerp.yml my-merge": FILES,
+    "cabochon merge slerp.yml --dry-run": FILES,
     "cabochon quantize my-model my-model-int4 --bits 4 --text my-texts.txt": FILES,
     "cabochon show google/gemma-2-9b-it": NETWORK,
     "cabochon init --preset 2b --out my-model": LARGE,
