@@ -11,8 +11,9 @@ from torch.optim import AdamW, Muon, Optimizer
 from cabochon.base.errors import UsageError
 from cabochon.data.pack import Batch
 from cabochon.model.gemma2 import Gemma2
-from cabochon.model.head import token_losses
 from cabochon.train.config import TrainConfig
+from cabochon.train.losses.fused import cross_entropy
+from cabochon.train.losses.teachers import Head
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,10 @@ def train(
 def batch_loss(model: Gemma2, batch: Batch) -> Tensor:
     """Mean cross-entropy in nats over the targets of a batch."""
     device = model.embedding.weight.device
+    head = Head(model.embedding.weight, model.config.final_softcap)
     with torch.autocast(device.type, torch.bfloat16):
         hidden = model.hidden(batch.ids.to(device), documents=batch.documents.to(device))
-        counted = batch.targets.flatten() >= 0  # the head is as wide as the vocabulary: only where it is needed
-        losses = token_losses(
-            model.head,
-            hidden.flatten(0, 1)[counted.to(device)],
-            batch.targets.flatten()[counted].to(device),
-            model.config.vocab_size,
-        )
-    return losses.sum() / batch.num_targets
+        return cross_entropy(hidden.flatten(0, 1), head, batch.targets.flatten().to(device), batch.num_targets)
 
 
 def make_optimizers(model: Gemma2, config: TrainConfig) -> list[Optimizer]:

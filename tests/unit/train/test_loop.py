@@ -47,6 +47,18 @@ def test_the_loss_is_a_mean_over_counted_tokens() -> None:
     assert batch_loss(model, one).item() == pytest.approx(expected.item(), rel=0.02)  # products are in bf16
 
 
+def test_gradients_are_those_of_autograd_up_to_the_rounding_of_products() -> None:
+    model, one = small_model(), batch()
+    batch_loss(model, one).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = model(one.ids, documents=one.documents).flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, one.targets.flatten()).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and found[name].dtype is torch.float32, name
+        assert (found[name] - p.grad).norm() < 0.05 * p.grad.norm(), name
+
+
 def test_it_learns_what_repeats() -> None:
     model = small_model(size=0.05)
     reports: list[Progress] = []
