@@ -9,13 +9,15 @@ tensors, so that with bfloat16 its means are rounded before they are merged.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cabochon.base.errors import BadInput
 from cabochon.merge.config import ModelRef
-from cabochon.merge.methods.blocks import BLOCK, Block, Whole
+from cabochon.merge.methods.blocks import BLOCK, Whole
+from cabochon.merge.rows import whole_of_rows
 from cabochon.merge.vocabulary import Fixed, Vocabulary
 
 _ZERO, _MEAN = -1, -2  # in the place of a donor's number
@@ -70,9 +72,9 @@ class Embeddings:
         names: tuple[str, ...] = (),
     ) -> Whole:
         """The embeddings of some of the models as merge methods take them; the last arguments as for `Whole`."""
-        tensors = tuple(self.tensors[model] for model in models)
-        stored = None if base is None else self.tensors[base]
-        return _Aligned(tensors, stored, run, block, names, embeddings=self, models=tuple(models), base_model=base)
+        makers = [partial(self.rows, model) for model in models]
+        around = None if base is None else partial(self.rows, base)
+        return whole_of_rows(self.shape, makers, around, run=run, block=block, names=names)
 
     def _mean(self, rows: Tensor) -> Tensor:
         """Mean of some rows over the models that have them, float32 [r, D]."""
@@ -118,30 +120,6 @@ def embeddings(vocabulary: Vocabulary, tensors: Mapping[ModelRef, Tensor], base:
     if vocabulary.size == vocabulary.used:
         return made
     return replace(made, _padding=torch.stack([_column_means(made, model) for model in tensors]))
-
-
-@dataclass(frozen=True)
-class _Aligned(Whole):
-    """`tensors` and `base` as stored; blocks are made of the rows of the output's vocabulary."""
-
-    embeddings: Embeddings | None = None
-    models: tuple[ModelRef, ...] = ()
-    base_model: ModelRef | None = None
-
-    def __post_init__(self) -> None:
-        """Shapes may differ here: `embeddings` has checked them."""
-
-    @property
-    def numel(self) -> int:
-        assert self.embeddings is not None
-        return self.embeddings.shape[0] * self.embeddings.shape[1]
-
-    def load(self, rows: range) -> Block:
-        assert self.embeddings is not None
-        made = [self.embeddings.rows(model, rows.start, rows.stop) for model in self.models]
-        ref = self.base_model
-        base = None if ref is None else self.embeddings.rows(ref, rows.start, rows.stop)
-        return Block(tuple(made), base, rows.start * self.columns)
 
 
 def _copy(out: Tensor, where: Tensor, tensor: Tensor, rows: Tensor) -> None:
