@@ -21,10 +21,12 @@ from torch import Tensor
 from cabochon.base.errors import BadInput, MissingResource
 from cabochon.base.files import resumable_folder
 from cabochon.merge.config import ModelRef
+from cabochon.merge.embeddings import embeddings
 from cabochon.merge.methods.blocks import Sink, Whole, fitting
-from cabochon.merge.methods.method import Method, merge
-from cabochon.merge.plan import Job, Operand, Plan
+from cabochon.merge.methods.method import merge
+from cabochon.merge.plan import EMBEDDING, Job, Operand, Plan
 from cabochon.merge.sources import Opened
+from cabochon.merge.vocabulary import Vocabulary
 from cabochon.weights.names import to_hf
 from cabochon.weights.save import SHARD_BYTES, Entry, check_replaces_a_model, file_header, shards, write_documents
 
@@ -70,7 +72,7 @@ def execute(
             for stage, following in _with_next(plan.stages()):
                 for operand in (operand for job in following for operand in job.inputs):
                     models[operand.model].announce(operand.name)
-                _merge_stage(plan.method, stage, models, output, run)
+                _merge_stage(plan, stage, models, output, run)
                 report(sum(torch.Size(job.shape).numel() for job in stage) * plan.dtype.itemsize)
             output.commit()
             write_documents(work, plan.shape, plan.dtype, output.placed, None)
@@ -85,14 +87,14 @@ def execute(
 
 
 def _merge_stage(
-    method: Method, stage: list[Job], models: Mapping[ModelRef, Opened], output: "_Output", run: Callable[..., Any]
+    plan: Plan, stage: list[Job], models: Mapping[ModelRef, Opened], output: "_Output", run: Callable[..., Any]
 ) -> None:
     """Merge tensors that belong together, unless they are done."""
     todo = [job for job in stage if job.name not in output.done]
     if not todo:
         return
-    wholes = {job.name: _whole(job, models, run) for job in stage}
-    measured = None
+    wholes = {job.name: _whole(job, models, plan.vocabulary, run) for job in stage}
+    method, measured = plan.method, None
     if method.per_layer and method.measure and stage[0].layer is not None:
         measured = sum(method.measure(wholes[job.name], job.settings) for job in stage)
     for job in todo:
@@ -105,11 +107,17 @@ def _merge_stage(
         output.finished(job.name)
 
 
-def _whole(job: Job, models: Mapping[ModelRef, Opened], run: Callable[..., Any]) -> Whole:
+def _whole(
+    job: Job, models: Mapping[ModelRef, Opened], vocabulary: Vocabulary | None, run: Callable[..., Any]
+) -> Whole:
     def tensor(operand: Operand) -> Tensor:
         return models[operand.model].tensor(operand.name)
 
     names = tuple(models[o.model].place(o.name) for o in job.inputs)
+    if vocabulary and job.name == EMBEDDING:
+        root = job.base.model if job.base else None
+        aligned = embeddings(vocabulary, {o.model: tensor(o) for o in job.inputs}, root)
+        return aligned.whole([o.model for o in job.operands], root, run=run, names=names)
     base = tensor(job.base) if job.base else None
     return Whole(tuple(tensor(o) for o in job.operands), base, run=run, names=names)
 

@@ -16,6 +16,7 @@ from cabochon.merge.config import MergeConfig, ModelRef, Parameters, Scalar, Sli
 from cabochon.merge.methods import METHODS
 from cabochon.merge.methods.method import Method, Settings, bind, tensor_seed
 from cabochon.merge.sources import Opened, refuse_other_architectures
+from cabochon.merge.vocabulary import Vocabulary
 from cabochon.model.config import Gemma2Config
 from cabochon.weights.names import shapes, to_hf
 from cabochon.weights.read import TORCH
@@ -57,6 +58,7 @@ class Plan:
     shape: Gemma2Config
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None  # None: the embeddings are merged as they are
 
     @property
     def nbytes(self) -> int:
@@ -70,13 +72,16 @@ class Plan:
             yield from [[job] for job in together] if together[0].layer is None else [together]
 
 
-def plan(config: MergeConfig, models: Mapping[ModelRef, Opened], *, seed: int = 0) -> Plan:
+def plan(
+    config: MergeConfig, models: Mapping[ModelRef, Opened], *, seed: int = 0, vocabulary: Vocabulary | None = None
+) -> Plan:
     """Lay out a merge.
 
     Args:
         config: what the YAML says.
         models: every one of `config.models()`, opened.
         seed: of the methods that drop weights at random.
+        vocabulary: what the embeddings are brought to first; None: they are merged as they are.
 
     Raises `BadInput`: an unknown method or parameter, a missing one, layers that a model does not have, models that
     differ in architecture, shapes or vocabulary.
@@ -90,20 +95,30 @@ def plan(config: MergeConfig, models: Mapping[ModelRef, Opened], *, seed: int = 
     ordered = [first, *(model for model in models.values() if model is not first)]
     notes = refuse_other_architectures(ordered)
     notes += _refuse_unknown_parameters(config, method)
-    planner = _Planner(config, method, models, seed)
+    if vocabulary:
+        notes += vocabulary.notes
+    planner = _Planner(config, method, models, seed, None if vocabulary and vocabulary.unchanged else vocabulary)
     jobs = tuple(planner.jobs())
     layers = 1 + max(job.layer for job in jobs if job.layer is not None)
     shape = replace(first.config, num_layers=layers, vocab_size=jobs[0].shape[0])
     stored = TORCH[first.checked.dtype]
     dtype = getattr(torch, config.out_dtype or config.dtype or "", stored)
-    return Plan(method, jobs, shape, dtype, (*notes, *_moved_layers(jobs)))
+    return Plan(method, jobs, shape, dtype, (*notes, *_moved_layers(jobs)), planner.vocabulary)
 
 
 class _Planner:
     """Walks the slices and makes jobs."""
 
-    def __init__(self, config: MergeConfig, method: Method, models: Mapping[ModelRef, Opened], seed: int) -> None:
+    def __init__(
+        self,
+        config: MergeConfig,
+        method: Method,
+        models: Mapping[ModelRef, Opened],
+        seed: int,
+        vocabulary: Vocabulary | None,
+    ) -> None:
         self._config, self._method, self._models, self._seed = config, method, models, seed
+        self.vocabulary = vocabulary
 
     def jobs(self) -> Iterator[Job]:
         first, last = self._config.slices[0], self._config.slices[-1]
@@ -185,6 +200,8 @@ class _Planner:
     def _shape(self, name: str, operands: tuple[Operand, ...], base: Operand | None) -> tuple[int, ...]:
         inputs = operands if base is None else (*operands, base)
         found = {self._models[o.model].shape(o.name): self._models[o.model].place(o.name) for o in inputs}
+        if name == EMBEDDING and self.vocabulary:
+            found = {(self.vocabulary.size, shape[1]): place for shape, place in found.items()}
         if len(found) > 1:
             hint = "align the vocabularies with tokenizer_source: base, or union"
             raise BadInput(

@@ -12,6 +12,8 @@ from cabochon.merge.config import MergeConfig, ModelRef
 from cabochon.merge.execute import execute
 from cabochon.merge.plan import Plan, plan
 from cabochon.merge.sources import Opened, open_models
+from cabochon.merge.template import with_chat_template
+from cabochon.merge.vocabulary import Vocabulary, align, read_tokenizers
 from cabochon.weights.save import SHARD_BYTES
 
 CONFIG_FILE = "mergekit_config.yml"  # where the Hub's merges have it
@@ -29,12 +31,20 @@ class Merge:
     models: Mapping[ModelRef, Opened]
     plan: Plan
     seed: int = 0
+    vocabulary: Vocabulary | None = None  # of the output, where the configuration asks for one
 
     @classmethod
     def prepare(cls, config: MergeConfig, *, seed: int = 0, token: str | None = None, offline: bool = False) -> "Merge":
         """Find the models, fetching those on the Hub, and lay the merge out. Raises as `open_models` and `plan`."""
         models = open_models(config.models(), token=token, offline=offline)
-        return cls(config, models, plan(config, models, seed=seed), seed)
+        vocabulary = None
+        if config.tokenizer:
+            source = config.tokenizer.source
+            outside = [source] if isinstance(source, ModelRef) and source not in models else []
+            known = models | open_models(outside, token=token, offline=offline)
+            folders = {ref: (model.folder, model.config.vocab_size) for ref, model in known.items()}
+            vocabulary = align(read_tokenizers(folders, config.base), config.tokenizer, config.base)
+        return cls(config, models, plan(config, models, seed=seed, vocabulary=vocabulary), seed, vocabulary)
 
     def write(
         self,
@@ -52,8 +62,9 @@ class Merge:
         """
         text = card(out.resolve().name, self.config, self.plan, self.models, seed=self.seed, hashes=hashes)
         donor = self.models[self.config.base or self.config.models()[0]]
+        tokenizer = self.vocabulary.files if self.vocabulary else tokenizer_files(donor)
         files = {
-            **tokenizer_files(donor),
+            **with_chat_template(tokenizer, self.config.chat_template, list(self.models.values())),
             "README.md": text.encode(),
             CONFIG_FILE: self.config.text.encode(),
         }

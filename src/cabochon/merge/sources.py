@@ -94,6 +94,12 @@ def open_models(refs: Iterable[ModelRef], *, token: str | None = None, offline: 
 
 
 def _open(ref: ModelRef, token: str | None, offline: bool) -> Opened:
+    if ref.adapter:
+        raise BadInput(
+            f"{ref} cannot be merged",
+            "adapters are not applied while merging",
+            "write the adapter into its model first, with the program that trained it",
+        )
     folder = resolve(ref.path, revision=ref.revision, token=token, offline=offline)
     checked = verify(folder)
     if checked.scheme or checked.encoded:
