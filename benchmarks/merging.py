@@ -5,7 +5,7 @@
 
 Run it with the environment that has cabochon, on a machine that does nothing else. Before each measurement the inputs
 are read once, so that they lie in memory as far as it goes; --cold has the system forget them instead. "copy" reads
-both models and copies one, to the disk. Ours, too, ends when everything is on the disk; mergekit does not wait for that.
+both models and copies one, to the disk. Ours ends when all is on the disk, too; mergekit does not wait.
 """
 
 import argparse
