@@ -25,6 +25,7 @@ from cabochon.merge.embeddings import embeddings
 from cabochon.merge.methods.blocks import Sink, Whole, fitting
 from cabochon.merge.methods.method import merge
 from cabochon.merge.plan import EMBEDDING, Job, Operand, Plan
+from cabochon.merge.rows import whole_of_rows
 from cabochon.merge.sources import Opened
 from cabochon.merge.vocabulary import Vocabulary
 from cabochon.weights.names import to_hf
@@ -118,6 +119,10 @@ def _whole(
         root = job.base.model if job.base else None
         aligned = embeddings(vocabulary, {o.model: tensor(o) for o in job.inputs}, root)
         return aligned.whole([o.model for o in job.operands], root, run=run, names=names)
+    if any(models[o.model].is_made(o.name) for o in job.inputs):
+        around = models[job.base.model].rows(job.base.name) if job.base else None
+        makers = [models[o.model].rows(o.name) for o in job.operands]
+        return whole_of_rows(job.shape, makers, around, run=run, names=names)
     base = tensor(job.base) if job.base else None
     return Whole(tuple(tensor(o) for o in job.operands), base, run=run, names=names)
 

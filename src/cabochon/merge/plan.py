@@ -95,6 +95,7 @@ def plan(
     ordered = [first, *(model for model in models.values() if model is not first)]
     notes = refuse_other_architectures(ordered)
     notes += _refuse_unknown_parameters(config, method)
+    notes += [note for model in models.values() if model.adapter for note in model.adapter.notes]
     if vocabulary:
         notes += vocabulary.notes
     planner = _Planner(config, method, models, seed, None if vocabulary and vocabulary.unchanged else vocabulary)

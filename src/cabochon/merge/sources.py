@@ -8,9 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cabochon.base.errors import BadInput
+from cabochon.base.errors import BadInput, MissingResource
 from cabochon.base.files import sha256
+from cabochon.merge.adapters import Adapter, read_adapter
 from cabochon.merge.config import ModelRef
+from cabochon.merge.rows import Rows, stored_rows
 from cabochon.model.config import Gemma2Config
 from cabochon.weights.hub import resolve
 from cabochon.weights.mapped import MappedFile, MappedTensor
@@ -35,6 +37,7 @@ class Opened:
     folder: Path
     checked: Checked
     files: Mapping[Path, MappedFile]
+    adapter: Adapter | None = None  # what `MODEL+ADAPTER` puts on it
 
     @property
     def config(self) -> Gemma2Config:
@@ -48,8 +51,18 @@ class Opened:
         return self.checked.tensors[name].nbytes
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as stored."""
-        return self._mapped(name).view()
+        """A whole tensor: as stored, or float32 where the adapter changes it."""
+        stored = self._mapped(name).view()
+        return self.adapter.apply(name, stored) if self.adapter and self.adapter.touches(name) else stored
+
+    def is_made(self, name: str) -> bool:
+        """Whether the adapter changes a tensor: `rows` then makes it without ever holding it whole."""
+        return self.adapter is not None and self.adapter.touches(name)
+
+    def rows(self, name: str) -> Rows:
+        """A tensor by its rows."""
+        stored = self._mapped(name).view()
+        return self.adapter.rows(name, stored) if self.adapter else stored_rows(stored)
 
     def announce(self, name: str) -> None:
         """Have a tensor that is needed soon read from the disk."""
@@ -65,7 +78,8 @@ class Opened:
 
     def identity(self) -> list[str]:
         """What tells whether the files are still the same: their names, sizes and times."""
-        states = [(file, file.stat()) for file in self.checked.files]
+        adapter = sorted(self.adapter.folder.glob("adapter_*")) if self.adapter else []
+        states = [(file, file.stat()) for file in (*self.checked.files, *adapter)]
         return [f"{file.resolve()} {state.st_size} {state.st_mtime_ns}" for file, state in states]
 
     def digests(self, *, compute: bool = False) -> list[str | None]:
@@ -94,12 +108,6 @@ def open_models(refs: Iterable[ModelRef], *, token: str | None = None, offline: 
 
 
 def _open(ref: ModelRef, token: str | None, offline: bool) -> Opened:
-    if ref.adapter:
-        raise BadInput(
-            f"{ref} cannot be merged",
-            "adapters are not applied while merging",
-            "write the adapter into its model first, with the program that trained it",
-        )
     folder = resolve(ref.path, revision=ref.revision, token=token, offline=offline)
     checked = verify(folder)
     if checked.scheme or checked.encoded:
@@ -109,7 +117,19 @@ def _open(ref: ModelRef, token: str | None, offline: bool) -> Opened:
             f"its weights are quantised ({bits} bits): rounding errors would be merged with the weights",
             "merge the models that it was made from, then quantise the result (cabochon quantize)",
         )
-    return Opened(ref, folder, checked, {path: MappedFile(path) for path in checked.files})
+    adapter = _adapter(ref, checked.config) if ref.adapter else None
+    return Opened(ref, folder, checked, {path: MappedFile(path) for path in checked.files}, adapter)
+
+
+def _adapter(ref: ModelRef, config: Gemma2Config) -> Adapter:
+    folder = Path(str(ref.adapter)).expanduser()
+    if not folder.is_dir():
+        raise MissingResource(
+            f"no adapter in {ref.adapter}",
+            "there is no such folder; adapters are read from folders only",
+            f"hf download {ref.adapter} --local-dir FOLDER, and name the folder behind the +",
+        )
+    return read_adapter(folder, config)
 
 
 def refuse_other_architectures(models: Iterable[Opened]) -> list[str]:

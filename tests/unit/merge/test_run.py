@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from cabochon.base.errors import BadInput
+from cabochon.base.errors import BadInput, MissingResource
 from cabochon.merge.parse import parse_config
 from cabochon.merge.run import Merge
 from cabochon.model.config import Gemma2Config
@@ -93,3 +94,20 @@ def test_warp_measures_whole_layers_and_ends_at_its_ends(models: Path, tmp_path:
         merged = load_model(out).state_dict()
         for name in b:
             torch.testing.assert_close(merged[name], b[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_is_put_on_its_model(models: Path, tmp_path: Path) -> None:
+    name, (a, b) = "model.layers.1.self_attn.q_proj", (torch.randn(2, 16), torch.randn(16, 2))
+    (tmp_path / "lora").mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "layers_to_transform": [1]}
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(settings))
+    tensors = {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    save_file(tensors, tmp_path / "lora/adapter_model.safetensors")
+    text = f"models: [{{model: {models}/a+{tmp_path}/lora}}]\nmerge_method: linear\nparameters: {{weight: 1}}\n"
+    Merge.prepare(parse_config(text)).write(tmp_path / "out", threads=2)
+    start, out = load_model(models / "a").state_dict(), load_model(tmp_path / "out").state_dict()
+    start["layers.1.attention.q.weight"] = start["layers.1.attention.q.weight"] + 3 * b @ a
+    for tensor in start:
+        torch.testing.assert_close(out[tensor], start[tensor])
+    with pytest.raises(MissingResource, match="no adapter in nowhere"):
+        Merge.prepare(parse_config(text.replace(f"{tmp_path}/lora", "nowhere")))
