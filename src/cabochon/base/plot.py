@@ -106,8 +106,8 @@ def heat_map(
 def _ticks(values: Sequence[float], count: int = 5) -> list[tuple[float, str]]:
     """Round numbers around all values, 1, 2 or 5 times a power of ten apart, and how they are written."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
-        margin = abs(low) / 2 or 0.5
+    if high - low <= max(1e-300, 1e-12 * max(abs(low), abs(high))):
+        margin = abs(low) / 2 if abs(low) > 1e-300 else 0.5
         low, high = low - margin, high + margin
     power = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(power * times for times in (1, 2, 5, 10) if power * times * count >= (high - low) * 0.999999)
