@@ -280,7 +280,7 @@ def test_bfloat16_differs_by_its_rounding(problem: Problem, divergence: Divergen
     torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
     for one, other in zip(found, (towards @ weight, towards.T @ hidden), strict=True):
         scale = (towards.abs() @ weight.abs()).max() if one is found[0] else (towards.abs().T @ hidden.abs()).max()
-        assert (one.double() - other).abs().max() <= 3 * 2**-8 * scale + 1e-6
+        assert (one.double() - other).abs().max() <= 3 * 2**-8 * scale + 1e-6 * (1 + log_q.abs().max())  # float32
 
 
 # The walk

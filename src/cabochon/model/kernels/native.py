@@ -38,6 +38,10 @@ _SIGNATURES = {  # what each function takes, as declared in the .c files
     "cabochon_rotate": (Floats, _P, _P, _I, _I, _I),
     "cabochon_gelu_times": (Floats, Floats, Floats, _I),
     "cabochon_attend": (_P,),
+    "cabochon_log_normaliser": (Floats, _P, _I, _I, _F, _F),
+    "cabochon_softmax_gradient": (Floats, _P, _P, _P, _I, _I, _F, _F),
+    "cabochon_divergence": (_P,),
+    "cabochon_add": (_P, Floats, _I),
 }
 
 

@@ -94,6 +94,20 @@ class TotalVariation:
         return apart.abs().sum(1) / 2, q * (slopes - (q * slopes).sum(1, keepdim=True))
 
 
+def kernel_kind(divergence: Divergence) -> tuple[str, float] | None:
+    """What the compiled kernel calls it, with beta; None: it knows no such divergence."""
+    match divergence:
+        case ForwardKL() | JensenShannon(beta=0):
+            return "forward_kl", 0.0
+        case ReverseKL() | JensenShannon(beta=1):
+            return "reverse_kl", 1.0
+        case JensenShannon(beta=beta):
+            return "jensen_shannon", beta
+        case TotalVariation():
+            return "total_variation", 0.0
+    return None
+
+
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     """Sums over rows of products, where a weight of 0 makes 0 of an infinite value."""
     return torch.where(weights > 0, weights * values, 0).sum(1)

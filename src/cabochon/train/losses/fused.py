@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cabochon.base.errors import UsageError
+from cabochon.model.kernels.losses import add_in_place
 from cabochon.train.losses.cross_entropy import CrossEntropy
 from cabochon.train.losses.divergences import Divergence, ForwardKL
 from cabochon.train.losses.logits import LogitTransform
@@ -171,7 +172,7 @@ class _LiveLoss:
         self.hidden = teacher.hidden.detach()
         self.weight = teacher.head.weight.detach().to(dtype)
         self.divergence = divergence
-        self.transforms = (student, LogitTransform(teacher.head.soft_cap, student.temperature))
+        self.student, self.soft_cap = student, teacher.head.soft_cap
         self.buffer: Tensor | None = None
 
     def __call__(self, raw: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ class _LiveLoss:
             self.buffer = torch.empty_like(raw)  # the first chunk is the largest
         out = self.buffer[: len(rows)]
         torch.mm(self.hidden[rows].to(self.weight.dtype), self.weight.t(), out=out)
-        return against_live(raw, out, shares, self.divergence, self.transforms)
+        return against_live(raw, out, shares, self.divergence, self.student, self.soft_cap)
 
 
 def _walk(
@@ -275,4 +276,6 @@ class _WeightGradient:
         if self.product is None:
             torch.addmm(self.sum, raw.t(), part, out=self.sum)
         else:
-            self.sum += torch.mm(raw.t(), part, out=self.product)
+            product = torch.mm(raw.t(), part, out=self.product)
+            if not add_in_place(self.sum, product):
+                self.sum += product

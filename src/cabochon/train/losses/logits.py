@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cabochon.model.kernels import losses
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -45,7 +47,8 @@ def widened(x: Tensor) -> Tensor:
 
 def log_normaliser(raw: Tensor, transform: LogitTransform) -> Tensor:
     """log of the sum of exp(z) [C] of raw [C, V]."""
-    return transform.apply(raw).logsumexp(1)
+    done = losses.log_normaliser(raw, transform.soft_cap, transform.temperature)
+    return transform.apply(raw).logsumexp(1) if done is None else done
 
 
 def normaliser_of_rest(raw: Tensor, ids: Tensor, transform: LogitTransform) -> Tensor:
@@ -54,9 +57,9 @@ def normaliser_of_rest(raw: Tensor, ids: Tensor, transform: LogitTransform) -> T
     Not a difference of two sums: a student may give the rest less than the rounding error of its whole.
     """
     kept = raw.gather(1, ids)
-    raw.scatter_(1, ids, float("-inf"))
+    _put(raw, ids, raw.new_tensor(float("-inf")))
     rest = log_normaliser(raw, transform)
-    raw.scatter_(1, ids, kept)
+    _put(raw, ids, kept)
     if transform.soft_cap is None:
         return rest
     # The cap has lifted -inf to -cap, which no other logit is below: what k of them add is k / V of the sum at most.
@@ -93,12 +96,20 @@ def write_gradient(
     """
     exact = (at_ids * transform.slope(raw.gather(1, ids))).to(raw.dtype)
     _write_softmax(raw, transform, *softmax)
-    raw.scatter_(1, ids, exact)
+    _put(raw, ids, exact)
 
 
 def _write_softmax(
     raw: Tensor, transform: LogitTransform, normaliser: Tensor, multiple: Tensor, constant: Tensor
 ) -> None:
+    settings = transform.soft_cap, transform.temperature
+    if losses.softmax_gradient_in_place(raw, *settings, normaliser, multiple, constant):
+        return
     gradient = transform.apply(raw).sub_(normaliser[:, None]).exp_()
     gradient.mul_(multiple[:, None]).add_(constant[:, None])
     raw.copy_(gradient.mul_(transform.slope(raw)))
+
+
+def _put(raw: Tensor, ids: Tensor, values: Tensor) -> None:
+    """raw [C, V] at ids int64 [C, k] becomes values. `scatter_` does it too, after a copy of all of raw."""
+    raw[torch.arange(len(raw), device=raw.device)[:, None], ids] = values

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cabochon.train.losses.divergences import Divergence
+from cabochon.model.kernels import losses
+from cabochon.train.losses.divergences import Divergence, kernel_kind
 from cabochon.train.losses.logits import (
     LogitTransform,
     log_normaliser,
@@ -80,18 +81,28 @@ class SampledTeacher:
 
 
 def against_live(
-    raw: Tensor, teacher_raw: Tensor, weights: Tensor, divergence: Divergence, transforms: tuple[LogitTransform, ...]
+    raw: Tensor,
+    teacher_raw: Tensor,
+    weights: Tensor,
+    divergence: Divergence,
+    transform: LogitTransform,
+    teacher_cap: float | None,
 ) -> Tensor:
     """Losses [C] of raw logits [C, V], which are replaced by their gradient, against those of a teacher.
 
     Args:
         weights: [C], what each token's loss and gradient are multiplied by.
-        transforms: soft cap and temperature of the student and of the teacher.
+        transform: the student's; the temperature is the teacher's, too.
     """
-    student, teacher = transforms
-    log_q, log_p = student.apply(raw).log_softmax(1), teacher.apply(teacher_raw).log_softmax(1)
+    kind, soft_caps = kernel_kind(divergence), (transform.soft_cap, teacher_cap)
+    if kind is not None:
+        done = losses.divergence_in_place(raw, teacher_raw, weights, kind, soft_caps, transform.temperature)
+        if done is not None:
+            return done
+    log_q = transform.apply(raw).log_softmax(1)
+    log_p = LogitTransform(teacher_cap, transform.temperature).apply(teacher_raw).log_softmax(1)
     values, gradient = divergence.value_and_logit_gradient(log_p, log_q)
-    raw.copy_(gradient.mul_(weights[:, None]).mul_(student.slope(raw)))
+    raw.copy_(gradient.mul_(weights[:, None]).mul_(transform.slope(raw)))
     return weights * values
 
 
