@@ -92,7 +92,8 @@ def embeddings(vocabulary: Vocabulary, tensors: Mapping[ModelRef, Tensor], base:
     Args:
         vocabulary: of the output.
         tensors: the embedding [rows, D] of every model that takes part, the base included if it does.
-        base: whose row stands in first where another model lacks a token; None: nobody's does.
+        base: whose row stands in first where another model lacks a token, if it takes part; None: that of the
+            configuration, also for methods to which it is a model like the others.
 
     Raises `BadInput`: columns differ, a tensor has fewer rows than its tokenizer needs, or a token's source does not
     take part or does not have it.
@@ -102,7 +103,7 @@ def embeddings(vocabulary: Vocabulary, tensors: Mapping[ModelRef, Tensor], base:
     present = own.clone()
     count = (present >= 0).sum(0)
     donor = torch.where(count == 1, (present >= 0).int().argmax(0), _MEAN).masked_fill_(count == 0, _ZERO)
-    models = list(tensors)
+    models, base = list(tensors), base or vocabulary.base
     if base is not None and base in tensors:
         number = models.index(base)
         donor.masked_fill_(present[number] >= 0, number)

@@ -97,6 +97,7 @@ class Vocabulary:
         size: rows of the output's embedding: `used`, padded to the multiple that was asked for.
         permutations: for every model int64 [size], row of the output to row of the model's embedding, or -1.
         fixed: rows for which the configuration names a source.
+        base: the base model of the configuration, whose rows stand in first where a model lacks a token.
         unchanged: every model's embedding fits as it is; there is nothing to do.
         notes: for the user to read; nothing is wrong with them.
     """
@@ -107,6 +108,7 @@ class Vocabulary:
     size: int
     permutations: Mapping[ModelRef, Tensor]
     fixed: tuple[Fixed, ...]
+    base: ModelRef | None
     unchanged: bool
     notes: tuple[str, ...] = ()
 
@@ -177,7 +179,7 @@ def align(
     nowhere -= sum(one.model is not None for one in fixed if _in_no_model(one, permutations))
     if nowhere:
         notes.append(f"{nowhere} rows of the output's embedding have no source in any model: they are zeros")
-    return Vocabulary(files, ids, used, size, permutations, fixed, unchanged, tuple(notes))
+    return Vocabulary(files, ids, used, size, permutations, fixed, base, unchanged, tuple(notes))
 
 
 def _in_no_model(one: Fixed, permutations: Mapping[ModelRef, Tensor]) -> bool:
