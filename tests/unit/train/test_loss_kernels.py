@@ -55,14 +55,14 @@ def largest_logit(raw: Tensor, transform: LogitTransform) -> float:
 def close(found: Tensor, wanted: Tensor, largest: float) -> None:
     """Gradients agree to float32, or to one step of bfloat16.
 
-    A logit z in float32 is known to 1e-7 z, so its exponential is to that share, and reverse KL multiplies by
+    A logit z in float32 is known to 1e-7 of itself or of the cap, so its exponential is, and divergences multiply by
     differences of logits once more.
     """
     step = BF16_STEP if found.dtype is torch.bfloat16 else 1e-4
-    torch.testing.assert_close(found.float(), wanted.float(), rtol=step, atol=1e-6 + 1e-7 * largest**2)
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=step, atol=1e-5 + 2e-7 * largest * (1 + largest))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(chunk=chunks(), transform=transforms)
 @torch.no_grad()
 def test_normalisers_equal_their_twins(chunk: Any, transform: LogitTransform) -> None:
@@ -76,7 +76,7 @@ def test_normalisers_equal_their_twins(chunk: Any, transform: LogitTransform) ->
     torch.testing.assert_close(rest, plainly(lambda: normaliser_of_rest(raw, ids, transform)), rtol=1e-6, atol=2e-5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(chunk=chunks(), transform=transforms)
 @torch.no_grad()
 def test_gradients_of_the_softmax_equal_their_twins(chunk: Any, transform: LogitTransform) -> None:
@@ -92,7 +92,7 @@ def test_gradients_of_the_softmax_equal_their_twins(chunk: Any, transform: Logit
     close(gradient(), plainly(gradient), largest_logit(raw, transform))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(chunk=chunks(), transform=transforms, cap=st.sampled_from([None, 30.0]), divergence=st.sampled_from(DIVERGENCES))
 @torch.no_grad()
 def test_divergences_equal_their_twins(
@@ -107,13 +107,14 @@ def test_divergences_equal_their_twins(
         return values, raw
 
     (values, gradient), (plain_values, plain_gradient) = both(), plainly(both)
-    torch.testing.assert_close(values, plain_values, rtol=1e-4, atol=1e-5)
+    largest = max(largest_logit(raw, transform) for raw in (chunk(0), teacher))
+    close(values, plain_values, largest)
     if isinstance(divergence, TotalVariation):
         # Where P and Q agree, the sign of their difference is that of rounding errors.
         log_p = LogitTransform(cap, transform.temperature).apply(teacher).log_softmax(1)
         log_q = transform.apply(chunk(0)).log_softmax(1)
         assume(not ((log_p - log_q).abs() < 1e-3).logical_and(log_q > -12).any())
-    close(gradient, plain_gradient, max(largest_logit(raw, transform) for raw in (chunk(0), teacher)))
+    close(gradient, plain_gradient, largest)
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ def agree(problem: Problem, loss: Tensor, expected: Tensor, tolerance: float = 1
 # One target for each token
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problem=problems(), smoothing=st.sampled_from([0.0, 0.1]), z_loss=st.sampled_from([0.0, 1e-2]))
 def test_cross_entropy_is_that_of_autograd(problem: Problem, smoothing: float, z_loss: float) -> None:
     loss = cross_entropy(
@@ -136,7 +136,7 @@ def plain_divergence(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Te
     return (log_p.exp() - log_q.exp()).abs().sum(1) / 2
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problem=problems(), divergence=st.sampled_from(DIVERGENCES))
 def test_divergences_are_those_of_autograd(problem: Problem, divergence: Divergence) -> None:
     loss = distill(
@@ -148,7 +148,7 @@ def test_divergences_are_those_of_autograd(problem: Problem, divergence: Diverge
 
 
 @given(problem=problems(), beta=st.floats(0.01, 0.99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_teacher_that_agrees_leaves_nothing_to_learn(problem: Problem, beta: float) -> None:
     teacher = LiveTeacher(problem.hidden.detach(), Head(problem.head.weight.detach(), problem.head.soft_cap))
     for divergence in (ForwardKL(), ReverseKL(), TotalVariation(), JensenShannon(beta)):
@@ -167,7 +167,7 @@ def stored(problem: Problem, k: int) -> tuple[TopKTeacher, Tensor]:
     return TopKTeacher(top.indices, top.values), log_p
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problem=problems(), divergence=st.sampled_from(DIVERGENCES), k=st.integers(1, 5))
 def test_buckets_are_those_of_autograd(problem: Problem, divergence: Divergence, k: int) -> None:
     teacher, _ = stored(problem, min(k, len(problem.head.weight) - 1))
@@ -184,7 +184,7 @@ def test_buckets_are_those_of_autograd(problem: Problem, divergence: Divergence,
     agree(problem, loss, problem.summed(plain_divergence(divergence, log_p, log_q), 3))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problem=problems(), k=st.integers(1, 5))
 def test_buckets_never_count_more_than_the_vocabulary(problem: Problem, k: int) -> None:
     teacher, log_p = stored(problem, min(k, len(problem.head.weight) - 1))
@@ -193,7 +193,7 @@ def test_buckets_never_count_more_than_the_vocabulary(problem: Problem, k: int) 
     assert loss <= whole * (1 + 1e-9) + 1e-9
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problem=problems(), divergence=st.sampled_from(DIVERGENCES))
 def test_buckets_for_every_id_are_the_vocabulary(problem: Problem, divergence: Divergence) -> None:
     """With one id less than there are, the rest is the last id and nothing is lost."""
@@ -248,7 +248,7 @@ def test_draws_estimate_no_other_divergence() -> None:
 # bfloat16
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problem=problems(torch.bfloat16), divergence=st.sampled_from([None, *DIVERGENCES]))
 def test_bfloat16_differs_by_its_rounding(problem: Problem, divergence: Divergence | None) -> None:
     """Raw logits are rounded to 8 bits, as anywhere: 2^-8 of them, so of exp(z) its exponential; then gradients are.
@@ -277,10 +277,13 @@ def test_bfloat16_differs_by_its_rounding(problem: Problem, divergence: Divergen
         plain = plain_divergence(divergence, log_p, log_q)
     expected = problem.summed(plain, 3)
     (towards,) = torch.autograd.grad(expected, raw)
-    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+    # A logit in float32 is known to 1e-7 of it, and divergences multiply by differences of logits once more.
+    largest = max(log_p.abs().max().item(), log_q.abs().max().item())
+    float32 = 1e-5 + 4e-7 * largest * (1 + largest) * (1 + max(hidden.abs().max().item(), weight.abs().max().item()))
+    torch.testing.assert_close(loss.double(), expected, atol=float32, rtol=1e-5)
     for one, other in zip(found, (towards @ weight, towards.T @ hidden), strict=True):
         scale = (towards.abs() @ weight.abs()).max() if one is found[0] else (towards.abs().T @ hidden.abs()).max()
-        assert (one.double() - other).abs().max() <= 3 * 2**-8 * scale + 1e-6 * (1 + log_q.abs().max())  # float32
+        assert (one.double() - other).abs().max() <= 3 * 2**-8 * scale + float32
 
 
 # The walk
