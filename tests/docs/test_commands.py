@@ -21,6 +21,7 @@ NOT_RUN = {
     "cabochon quantize google/gemma-2-2b-it gemma-2b-int8 --bits 8": NETWORK,
     "cabochon merge slerp.yml my-merge": FILES,
     "cabochon merge slerp.yml --dry-run": FILES,
+    "cabochon merge ties.yml --inspect --plot angles.svg": FILES,
     "cabochon quantize my-model my-model-int4 --bits 4 --text my-texts.txt": FILES,
     "cabochon show google/gemma-2-9b-it": NETWORK,
     "cabochon init --preset 2b --out my-model": LARGE,

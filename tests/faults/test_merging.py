@@ -1,5 +1,6 @@
 """What can go wrong in a merge: bad inputs, a kill, a disk that fills up. Nothing half-written looks whole."""
 
+import json
 import os
 import signal
 import subprocess
@@ -197,6 +198,16 @@ def test_the_command(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = (work / "out/README.md").read_text()
     assert "`linear`" in card and "weight: 0.25" in card and card.startswith("---\nlibrary_name")
     assert (work / "out/mergekit_config.yml").read_text() == linear(work)
+
+
+def test_looking_at_a_merge(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = linear(work).replace("linear", "task_arithmetic") + f"base_model: {work / 'a'}\n"
+    (work / "task.yml").write_text(text)
+    assert main(["merge", str(work / "task.yml"), "--inspect", "--json", "--plot", str(work / "map.svg")]) == 0
+    assert json.loads(capsys.readouterr().out)["models"] == [str(work / "b")]
+    assert (work / "map.svg").read_text().startswith("<svg")
+    assert main(["merge", str(work / "merge.yml"), "--inspect"]) == 3  # no base
+    assert main(["merge", str(work / "task.yml"), "--plot", str(work / "map.svg")]) == 2
 
 
 def test_a_missing_shard(work: Path) -> None:

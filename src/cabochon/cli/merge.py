@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from cabochon.base.errors import UsageError
+from cabochon.base.errors import MissingResource, UsageError
 from cabochon.cli.options import HubAccess, Json, check_disk, folder_argument
 
 if TYPE_CHECKING:
     from cabochon.merge.plan import Plan
+    from cabochon.merge.run import Merge
 
 GIB = 2**30
 
@@ -23,6 +24,10 @@ def merge(
     /,
     *,
     dry_run: Annotated[bool, Parameter(negative="", help="Check everything, print the plan, write nothing.")] = False,
+    inspect: Annotated[
+        bool, Parameter(negative="", help="Compare the models with base_model, layer by layer, and write nothing.")
+    ] = False,
+    plot: Annotated[Path | None, Parameter(help="With --inspect: also draw a map of angles, as SVG, here.")] = None,
     seed: Annotated[int, Parameter(help="For methods that drop weights at random: the same seed, the same model.")] = 0,
     threads: Annotated[int, Parameter(help="How many; 0: one for each core. The result does not depend on it.")] = 0,
     shard_size: Annotated[float, Parameter(help="The most GB of weights in one file.")] = 5.0,
@@ -40,12 +45,14 @@ def merge(
     Example: cabochon merge slerp.yml my-merge
 
     Example: cabochon merge slerp.yml --dry-run
+
+    Example: cabochon merge ties.yml --inspect --plot angles.svg
     """
-    if out is None and not dry_run:
+    if plot and not inspect:
+        raise UsageError("--plot has no effect here", "it draws what --inspect finds", "add --inspect")
+    if out is None and not dry_run and not inspect:
         raise UsageError("OUT is missing", "a merge has to be written somewhere", "cabochon merge CONFIG OUT")
-    for name, value, least in (("--threads", threads, 0), ("--shard-size", shard_size, 0.001)):
-        if value < least:
-            raise UsageError(f"{name} cannot be {value}", f"it has to be at least {least}", "leave it out")
+    _check_least({"--threads": (threads, 0), "--shard-size": (shard_size, 0.001)})
     target = folder_argument(out, "OUT") if out else None
     from cabochon.merge.parse import read_config
 
@@ -55,6 +62,9 @@ def merge(
     work = Merge.prepare(chosen, seed=seed, **asdict(hub))
     for note in work.plan.notes:
         print(f"note: {note}", file=sys.stderr)
+    if inspect:
+        _inspect(work, threads, plot, json)
+        return
     facts = _facts(work.plan)
     if target is None or dry_run:
         print(json_format.dumps(facts | {"tensors": _tensors(work.plan)}) if json else _table(work.plan, facts))
@@ -67,6 +77,37 @@ def merge(
     with track(work.plan.nbytes, "merging", unit="bytes") as advance:
         work.write(target, overwrite=overwrite, report=advance, **settings)
     print(json_format.dumps({"folder": str(target), **facts}) if json else target)
+
+
+def _check_least(values: dict[str, tuple[float, float]]) -> None:
+    for name, (value, least) in values.items():
+        if value < least:
+            raise UsageError(f"{name} cannot be {value}", f"it has to be at least {least}", "leave it out")
+
+
+def _inspect(work: "Merge", threads: int, plot: Path | None, json: bool) -> None:
+    from cabochon.base.files import atomic_write
+    from cabochon.base.progress import track
+    from cabochon.merge.show import heat, table
+
+    total = sum(model.nbytes(name) for model in work.models.values() for name in model.checked.tensors)
+    with track(total, "reading", unit="bytes") as advance:
+        found = work.inspect(threads=threads, report=advance)
+    if plot:
+        try:
+            with atomic_write(plot.expanduser()) as file:
+                file.write(heat(found, "angle" if found.pairs else "norm").encode())
+        except OSError as error:
+            raise MissingResource(
+                f"{plot} was not written", error.strerror or str(error), "choose another place"
+            ) from None
+    if json:
+        print(json_format.dumps(found.to_json()))
+        return
+    from rich.console import Console
+
+    for by in ("layer", "kind"):
+        Console().print(table(found, by))
 
 
 def _facts(plan: "Plan") -> dict[str, Any]:

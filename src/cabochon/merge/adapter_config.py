@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cabochon.base.errors import BadInput, nearest
+from cabochon.base.errors import BadInput, MissingResource, nearest
 from cabochon.weights.header import broken, parse_json
 
 CONFIG = "adapter_config.json"
@@ -94,8 +94,14 @@ class LoraSettings:
 
 
 def read_settings(path: Path) -> LoraSettings:
-    """Read and check an adapter_config.json. Raises `BadInput` for anything that would not be done exactly."""
-    document = parse_json(path.read_bytes(), path)
+    """Read and check an adapter_config.json.
+
+    Raises `BadInput` for anything that would not be done exactly, `MissingResource` when it cannot be read.
+    """
+    try:
+        document = parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise MissingResource(f"{path} cannot be read", error.strerror or str(error), "check its permissions") from None
     if document.get("peft_type") != "LORA":
         raise _refused(path, f"peft_type is {document.get('peft_type')!r}, and only LORA can be merged")
     for key in sorted(document.keys() - _HARMLESS - _READ):

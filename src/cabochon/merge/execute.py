@@ -68,7 +68,7 @@ def execute(
     check_replaces_a_model(folder)
     try:
         with resumable_folder(folder, key, overwrite=overwrite) as work, ExitStack() as stack:
-            run = stack.enter_context(_workers(threads))
+            run = stack.enter_context(workers(threads))
             output = stack.enter_context(_output(work, plan, shard_bytes))
             for stage, following in _with_next(plan.stages()):
                 for operand in (operand for job in following for operand in job.inputs):
@@ -229,7 +229,7 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 @contextmanager
-def _workers(threads: int) -> Iterator[Callable[..., Any]]:
+def workers(threads: int) -> Iterator[Callable[..., Any]]:
     """A `map` that calls a function with many things, in threads that compute with one core each."""
     count = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     before = torch.get_num_threads()

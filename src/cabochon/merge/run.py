@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cabochon.base.errors import BadInput
 from cabochon.base.files import unfinished_bytes
 from cabochon.base.version import package_version
 from cabochon.merge.card import card
 from cabochon.merge.config import MergeConfig, ModelRef
-from cabochon.merge.execute import execute
+from cabochon.merge.diagnose import Diagnosis, diagnose
+from cabochon.merge.execute import execute, workers
 from cabochon.merge.plan import Plan, plan
 from cabochon.merge.sources import Opened, open_models
 from cabochon.merge.template import with_chat_template
@@ -79,6 +81,28 @@ class Merge:
             overwrite=overwrite,
             report=report,
         )
+
+    def inspect(self, *, threads: int = 0, report: Callable[[int], None] = lambda _: None) -> Diagnosis:
+        """Compare the models with the base, without merging them. `report` is called with the bytes that are read.
+
+        Raises `BadInput`: there is no base, or the models differ in shape or hold values that are not finite.
+        """
+        base = self.models[self.config.base] if self.config.base else None
+        if base is None:
+            raise BadInput(
+                "the merge cannot be looked at", "task vectors are what models have beyond a base", "add base_model"
+            )
+        others = [model for model in self.models.values() if model is not base]
+        views = [{name: model.tensor(name) for name in base.checked.tensors} for model in (base, *others)]
+
+        def done(name: str) -> None:
+            for model in (base, *others):
+                model.let_go(name)
+                report(model.nbytes(name))
+
+        named = {str(model.ref): tensors for model, tensors in zip(others, views[1:], strict=True)}
+        with workers(threads) as run:
+            return diagnose(views[0], named, run=run, done=done)
 
     def missing_bytes(self, out: Path) -> int:
         """Bytes that the disk still has to find room for, given what an unfinished merge left."""

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cabochon.base.errors import BadInput
+from cabochon.base.errors import BadInput, MissingResource
 from cabochon.merge.config import ModelRef, TokenChoice, TokenizerChoice
 from cabochon.text.backends import open_json, open_sentencepiece
 from cabochon.text.tokenizer import FILES
+from cabochon.weights.header import parse_json
 
 JSON, PIECES = "tokenizer.json", "tokenizer.model"
 _CONFIG, _DECODER = "tokenizer_config.json", "added_tokens_decoder"
@@ -57,7 +58,7 @@ class ModelTokenizer:
     @cached_property
     def added(self) -> list[dict[str, Any]]:
         """The added tokens that the model has an embedding for, as tokenizer.json has them, in the order of ids."""
-        entries = self.document()["added_tokens"]
+        entries = self.document().get("added_tokens") or []
         return sorted((e for e in entries if e["id"] < self.rows), key=lambda entry: int(entry["id"]))
 
     def document(self) -> dict[str, Any]:
@@ -68,8 +69,7 @@ class ModelTokenizer:
                 f"it has no {JSON}, and tokens cannot be added to {PIECES}",
                 "save it with transformers, which writes tokenizer.json, or use tokenizer_source: base",
             )
-        document: dict[str, Any] = json.loads(self.files[JSON])  # `open_json` has read it before
-        return document
+        return parse_json(self.files[JSON], self.folder / JSON)
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,21 @@ def read_tokenizers(
             found[ref] = ModelTokenizer(folder, rows, found[first].ids, found[first].files, borrowed=True)
             continue
         name = name or JSON  # missing: `open_json` says so
-        files = {path.name: path.read_bytes() for path in (folder / n for n in FILES) if path.is_file()}
+        files = _read(folder)
         digest = hashlib.sha256(files.get(name, b"")).hexdigest()
         if digest not in known:
             known[digest] = (open_json if name == JSON else open_sentencepiece)(folder / name).ids
         found[ref] = ModelTokenizer(folder, rows, known[digest], files)
     return found
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    try:
+        return {path.name: path.read_bytes() for path in (folder / name for name in FILES) if path.is_file()}
+    except OSError as error:
+        raise MissingResource(
+            f"the tokenizer files in {folder} cannot be read", error.strerror or str(error), "check their permissions"
+        ) from None
 
 
 def align(
@@ -228,7 +237,7 @@ def _extended(chosen: ModelTokenizer, extra: list[dict[str, Any]]) -> tuple[dict
     library.add_tokens([AddedToken(e["content"], **{flag: e[flag] for flag in _FLAGS}) for e in extra])
     files = {name: content for name, content in chosen.files.items() if name not in _OUTDATED}
     files[JSON] = library.to_str(pretty=True).encode()
-    config = json.loads(files[_CONFIG]) if _CONFIG in files else {}
+    config = parse_json(files[_CONFIG], chosen.folder / _CONFIG) if _CONFIG in files else {}
     if _DECODER in config:
         entries = json.loads(files[JSON])["added_tokens"]
         config[_DECODER] = {str(e["id"]): {k: e[k] for k in ("content", *_FLAGS)} for e in entries}
@@ -240,14 +249,14 @@ def _extended(chosen: ModelTokenizer, extra: list[dict[str, Any]]) -> tuple[dict
 def _strip(document: dict[str, Any], chosen: ModelTokenizer) -> None:
     """Take the tokens that the model has no embedding for out of a tokenizer.json."""
     model = document["model"]
-    if model["type"] != "BPE":
+    if model.get("type") != "BPE":
         raise BadInput(
             f"the tokenizer in {chosen.folder} cannot be merged",
-            f"it has ids beyond the {chosen.rows} rows of the embedding, and is {model['type']} and not BPE",
+            f"it has ids beyond the {chosen.rows} rows of the embedding, and is {model.get('type')} and not BPE",
             "use the tokenizer files that came with the weights",
         )
     unused = {token for token, i in chosen.ids.items() if i >= chosen.rows}
-    document["added_tokens"] = [e for e in document["added_tokens"] if e["id"] < chosen.rows]
+    document["added_tokens"] = chosen.added
     model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in unused}
     pairs = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
     model["merges"] = [m for m, pair in pairs if unused.isdisjoint((*pair, "".join(pair)))]
