@@ -1,11 +1,15 @@
 """Adapters against what PEFT makes of them (tests/golden/merge/adapters), and against plain algebra in float64."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -282,3 +286,21 @@ def test_pickled_and_missing_files_are_told(folder, tmp_path):
 def test_another_model_is_refused():
     with pytest.raises(BadInput, match="no tensors for"):
         read_adapter(GOLDEN / "plain", Gemma2Config.preset("tiny"))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = sorted(json.loads((GOLDEN / "plain" / CONFIG_FILE).read_text()))
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), JSON_VALUES, max_size=3))
+def test_any_configuration_is_read_or_refused(settings):
+    document = json.loads((GOLDEN / "plain" / CONFIG_FILE).read_text()) | settings
+    with TemporaryDirectory() as folder:
+        shutil.copytree(GOLDEN / "plain", folder, dirs_exist_ok=True)
+        (Path(folder) / CONFIG_FILE).write_text(json.dumps(document))
+        with contextlib.suppress(CabochonError):
+            read_adapter(Path(folder), CONFIG)

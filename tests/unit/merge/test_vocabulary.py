@@ -222,3 +222,13 @@ def test_only_json_can_be_extended(folders, tmp_path):
     assert align(read, TokenizerChoice("base")).files.keys() == {"tokenizer.model"}
     with pytest.raises(BadInput, match=r"has no tokenizer\.json"):
         align(read, TokenizerChoice("union"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_damaged_files_are_refused(name, folders, tmp_path):
+    a, b = ModelRef("a"), ModelRef("b")
+    for file in folders[a][0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_text("{")
+    with pytest.raises(BadInput, match=name):
+        align(read_tokenizers({a: (tmp_path, ROWS["a"]), b: folders[b]}), TokenizerChoice("union"))
