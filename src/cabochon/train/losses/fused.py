@@ -31,6 +31,7 @@ from cabochon.train.losses.teachers import (
 )
 
 CHUNK_BYTES = 128 * 2**20
+BLOCK = 64_000  # ids of the vocabulary; smaller ones would make products slower
 
 # Raw logits [C, V], rows int64 [C] of the batch, weights [C] -> losses [C]; the logits become their gradient.
 ChunkLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -255,6 +256,7 @@ def _walk_chunks(
             towards_hidden[rows] = torch.mm(raw, matrix).to(hidden.dtype)
         if towards_weight is not None:
             towards_weight.add(raw, part)
+    del buffer, raw  # before the sum is converted: that is where memory peaks
     gradient = None if towards_weight is None else towards_weight.sum.to(weight.dtype)
     return total.to(plan.shares.dtype), towards_hidden, gradient
 
@@ -263,19 +265,20 @@ class _WeightGradient:
     """The sum over chunks of (gradient of logits)^T (hidden states), [V, D].
 
     A product of bfloat16 comes out in bfloat16; adding those up in bfloat16 would lose what later chunks bring, so
-    the sum is float32.
+    the sum is float32. Products are made for a block of the vocabulary at a time, as they are added at once.
     """
 
     def __init__(self, matrix: Tensor, plan: _Plan) -> None:
         dtype = plan.weight_gradient or torch.promote_types(matrix.dtype, torch.float32)
         self.sum = torch.zeros_like(matrix, dtype=dtype)
-        self.product = None if dtype is matrix.dtype else torch.empty_like(matrix)
+        self.product = None if dtype is matrix.dtype else torch.empty_like(matrix[:BLOCK])
 
     def add(self, raw: Tensor, part: Tensor) -> None:
         """One more chunk: gradient of logits [C, V], hidden states [C, D]."""
         if self.product is None:
             torch.addmm(self.sum, raw.t(), part, out=self.sum)
-        else:
-            product = torch.mm(raw.t(), part, out=self.product)
-            if not add_in_place(self.sum, product):
-                self.sum += product
+            return
+        for logits, total in zip(raw.split(BLOCK, dim=1), self.sum.split(BLOCK), strict=True):
+            product = torch.mm(logits.t(), part, out=self.product[: len(total)])
+            if not add_in_place(total, product):
+                total += product
