@@ -19,7 +19,8 @@ DISTILL_ROWS, DISTILL_LENGTH = 8, 209
 STUDENT, TEACHER = 256, 512  # hidden sizes
 BETA = 0.5
 
-Step = Callable[[], torch.Tensor]  # forward and backward; the loss
+# A model, and a function from ids [rows, length + 1] to the loss of predicting each from those before it.
+Candidate = tuple[Any, Callable[[torch.Tensor], torch.Tensor]]
 
 
 def settings(size: int) -> dict[str, int]:
@@ -30,18 +31,13 @@ def settings(size: int) -> dict[str, int]:
     )  # fmt: skip
 
 
-def tokens(rows: int, length: int) -> torch.Tensor:
-    """Ids int64 [rows, length + 1]: inputs, and targets one further on."""
-    return torch.randint(200, VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-
-
 def filled(model: Any) -> Any:
     """A model with small random weights."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-    return model
+    return model.train()
 
 
 # Ours
@@ -62,45 +58,47 @@ def head_of(model: Any) -> Any:
     return Head(model.embedding.weight, model.config.final_softcap)
 
 
-def cabochon() -> Step:
+def cabochon() -> Candidate:
     """Weights in bfloat16, as transformers' are."""
     from cabochon.train.losses.fused import cross_entropy
 
-    model, ids = ours(STUDENT, torch.bfloat16), tokens(ROWS, LENGTH)
+    model = ours(STUDENT, torch.bfloat16)
 
-    def step() -> torch.Tensor:
-        hidden = model.hidden(ids[:, :-1]).flatten(0, 1)
-        return finished(cross_entropy(hidden, head_of(model), ids[:, 1:].flatten(), ROWS * LENGTH))
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        hidden, targets = model.hidden(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
+        return cross_entropy(hidden, head_of(model), targets, len(targets))
 
-    return with_model(model, step)
+    return model, loss
 
 
-def cabochon_mixed() -> Step:
+def cabochon_mixed() -> Candidate:
     """What `train` does: weights in float32, products in bfloat16."""
     from cabochon.data.pack import Batch
     from cabochon.train.loop import batch_loss
 
-    model, ids = ours(STUDENT, torch.float32), tokens(ROWS, LENGTH)
-    batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros(ROWS, LENGTH, dtype=torch.int64))
-    return with_model(model, lambda: finished(batch_loss(model, batch)))
+    model = ours(STUDENT, torch.float32)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return batch_loss(model, Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:])))
+
+    return model, loss
 
 
-def cabochon_distill() -> Step:
+def cabochon_distill() -> Candidate:
     """Jensen-Shannon divergence from a live teacher."""
     from cabochon.train.losses.divergences import JensenShannon
     from cabochon.train.losses.fused import distill
     from cabochon.train.losses.teachers import LiveTeacher
 
     student, teacher = ours(STUDENT, torch.bfloat16), ours(TEACHER, torch.bfloat16)
-    ids = tokens(DISTILL_ROWS, DISTILL_LENGTH)[:, :-1]
 
-    def step() -> torch.Tensor:
+    def loss(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            live = LiveTeacher(teacher.hidden(ids).flatten(0, 1), head_of(teacher))
-        hidden = student.hidden(ids).flatten(0, 1)
-        return finished(distill(hidden, head_of(student), live, ids.numel(), JensenShannon(BETA)))
+            live = LiveTeacher(teacher.hidden(ids[:, :-1]).flatten(0, 1), head_of(teacher))
+        hidden = student.hidden(ids[:, :-1]).flatten(0, 1)
+        return distill(hidden, head_of(student), live, len(hidden), JensenShannon(BETA))
 
-    return with_model(student, step)
+    return student, loss
 
 
 # Theirs
@@ -119,63 +117,57 @@ def theirs(size: int, dtype: torch.dtype) -> Any:
     return filled(Gemma2ForCausalLM(config).to(dtype))
 
 
-def transformers() -> Step:
+def transformers() -> Candidate:
     """Weights in bfloat16."""
-    model, ids = theirs(STUDENT, torch.bfloat16), tokens(ROWS, LENGTH)[:, :-1]
-    return with_model(model, lambda: finished(model(input_ids=ids, labels=ids).loss))
+    model = theirs(STUDENT, torch.bfloat16)
+    return model, lambda ids: model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
 
 
-def transformers_mixed() -> Step:
+def transformers_mixed() -> Candidate:
     """Weights in float32, products in bfloat16 under autocast."""
-    model, ids = theirs(STUDENT, torch.float32), tokens(ROWS, LENGTH)[:, :-1]
+    model = theirs(STUDENT, torch.float32)
 
-    def step() -> torch.Tensor:
+    def loss(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        return finished(loss)
+            value: torch.Tensor = model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
+        return value
 
-    return with_model(model, step)
+    return model, loss
 
 
-def trl_distill() -> Step:
+def trl_distill() -> Candidate:
     """What TRL's GKDTrainer computes for rows that are given: both models' logits, then its Jensen-Shannon loss."""
     from trl.experimental.gkd import GKDTrainer
 
     student, teacher = theirs(STUDENT, torch.bfloat16), theirs(TEACHER, torch.bfloat16)
-    ids = tokens(DISTILL_ROWS, DISTILL_LENGTH)
-    labels = ids[:, 1:]
 
-    def step() -> torch.Tensor:
+    def loss(ids: torch.Tensor) -> torch.Tensor:
         logits = student(input_ids=ids).logits
         with torch.no_grad():
             wanted = teacher(input_ids=ids).logits
-        loss = GKDTrainer.generalized_jsd_loss(
-            student_logits=logits[:, :-1], teacher_logits=wanted[:, :-1], labels=labels, beta=BETA
+        value: torch.Tensor = GKDTrainer.generalized_jsd_loss(
+            student_logits=logits[:, :-1], teacher_logits=wanted[:, :-1], labels=ids[:, 1:], beta=BETA
         )
-        del logits, wanted
-        return finished(loss)
+        return value
 
-    return with_model(student, step)
+    return student, loss
 
 
 # Measuring
 
 
-def finished(loss: torch.Tensor) -> torch.Tensor:
-    """The loss, after its backward."""
-    loss.backward()
-    return loss.detach()
+def step(candidate: Candidate, ids: torch.Tensor) -> float:
+    """Forward and backward, after gradients of the last step were let go; the loss."""
+    model, loss = candidate
+    model.zero_grad(set_to_none=True)
+    value = loss(ids)
+    value.backward()
+    return value.item()
 
 
-def with_model(model: Any, step: Step) -> Step:
-    """The step, after gradients of the last one were let go."""
-    model.train()
-
-    def run() -> torch.Tensor:
-        model.zero_grad(set_to_none=True)
-        return step()
-
-    return run
+def tokens(rows: int, length: int) -> torch.Tensor:
+    """Random ids int64 [rows, length + 1]."""
+    return torch.randint(200, VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(0))
 
 
 def status(key: str) -> int:
@@ -195,19 +187,22 @@ CANDIDATES = {
 
 
 def main(name: str, steps: int, threads: int) -> None:
-    """Time the steps; the first one, in which libraries prepare themselves, is left out of the times if there are more.
+    """Print the fastest of some steps, and the most memory that they took above models and code.
 
-    Memory is the peak above what lay there when the model was made, over all steps.
+    A step of a few tokens comes first: it brings the code of the libraries into memory.
     """
     torch.set_num_threads(threads)
-    step = CANDIDATES[name]()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here: making the model does not count
+    candidate = CANDIDATES[name]()
+    step(candidate, tokens(1, 8))
+    candidate[0].zero_grad(set_to_none=True)
+    ids = tokens(DISTILL_ROWS, DISTILL_LENGTH) if "distill" in name else tokens(ROWS, LENGTH)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, times, loss = status("VmRSS"), [], 0.0
     for _ in range(steps):
         started = time.perf_counter()
-        loss = step().item()
+        loss = step(candidate, ids)
         times.append(time.perf_counter() - started)
-    print(json.dumps({"seconds": min(times[1:] or times), "bytes": status("VmHWM") - before, "loss": loss}))
+    print(json.dumps({"seconds": min(times), "bytes": status("VmHWM") - before, "loss": loss}))
 
 
 if __name__ == "__main__":
