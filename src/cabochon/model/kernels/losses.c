@@ -6,6 +6,9 @@
    logits and logarithms are in bits (base 2): powers of two cost least. */
 
 #include <math.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "kernels.h"
 
@@ -64,12 +67,19 @@ AVX512 INLINE __m512 transformed(__m512 raw, Transform f, __m512 below, __m512 *
     return _mm512_fmsub_ps(tanh, _mm512_set1_ps(f.cap * f.scale * LOG2_E), below);
 }
 
-/* In bits. */
-AVX512 INLINE float normaliser_of_row(Floats raw, int64_t from, int64_t v, Transform f) {
+/* The largest z of a row in bits, or a bound that is not so far above that powers of two vanish. */
+AVX512 INLINE __m512 ceiling_of_row(Floats raw, int64_t from, int64_t v, Transform f) {
+    const float bound = f.cap * f.scale * LOG2_E;
+    if (f.cap != 0 && bound < 50) return _mm512_set1_ps(bound); /* the least z is -bound */
     __m512 top[2] = {load(raw, from), load(raw, from)}; /* the transform rises: the largest stays the largest */
     for (int64_t i = 0; i < v; i += LANES) top[i / LANES % 2] = _mm512_max_ps(top[i / LANES % 2], load(raw, from + i));
     const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(top[0], top[1])));
-    const __m512 z_max = transformed(largest, f, _mm512_setzero_ps(), NULL);
+    return transformed(largest, f, _mm512_setzero_ps(), NULL);
+}
+
+/* In bits. */
+AVX512 INLINE float normaliser_of_row(Floats raw, int64_t from, int64_t v, Transform f) {
+    const __m512 z_max = ceiling_of_row(raw, from, v, f);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t block = 0; block < v; block += BLOCK) {
         const int64_t end = block + BLOCK < v ? block + BLOCK : v;
@@ -107,6 +117,16 @@ AVX512 EXPORT void cabochon_add(float *sum, Floats part, int64_t n) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i += LANES)
         _mm512_storeu_ps(sum + i, _mm512_add_ps(_mm512_loadu_ps(sum + i), load(part, i)));
+}
+
+/* Ask for large pages for memory that is new: one page fault for 2 MB instead of 512. */
+EXPORT void cabochon_large_pages(void *data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t from = ((uintptr_t)data + 4095) & ~(uintptr_t)4095, end = (uintptr_t)data + (uintptr_t)bytes;
+    if (end > from) (void)madvise((void *)from, (end - from) & ~(uintptr_t)4095, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
 }
 
 typedef struct {

@@ -42,6 +42,7 @@ _SIGNATURES = {  # what each function takes, as declared in the .c files
     "cabochon_softmax_gradient": (Floats, _P, _P, _P, _I, _I, _F, _F),
     "cabochon_divergence": (_P,),
     "cabochon_add": (_P, Floats, _I),
+    "cabochon_large_pages": (_P, _I),
 }
 
 

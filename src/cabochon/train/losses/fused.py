@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cabochon.base.errors import UsageError
-from cabochon.model.kernels.losses import add_in_place
+from cabochon.model.kernels.losses import add_in_place, large
 from cabochon.train.losses.cross_entropy import CrossEntropy
 from cabochon.train.losses.divergences import Divergence, ForwardKL
 from cabochon.train.losses.logits import LogitTransform
@@ -30,7 +30,7 @@ from cabochon.train.losses.teachers import (
     against_top_k,
 )
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 96 * 2**20
 BLOCK = 64_000  # ids of the vocabulary; smaller ones would make products slower
 
 # Raw logits [C, V], rows int64 [C] of the batch, weights [C] -> losses [C]; the logits become their gradient.
@@ -178,7 +178,7 @@ class _LiveLoss:
 
     def __call__(self, raw: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
         if self.buffer is None:
-            self.buffer = torch.empty_like(raw)  # the first chunk is the largest
+            self.buffer = large(torch.empty_like(raw))  # the first chunk is the largest
         out = self.buffer[: len(rows)]
         torch.mm(self.hidden[rows].to(self.weight.dtype), self.weight.t(), out=out)
         return against_live(raw, out, shares, self.divergence, self.student, self.soft_cap)
@@ -246,8 +246,8 @@ def _walk_chunks(
     matrix = weight.to(plan.dtype)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     towards_hidden = torch.zeros_like(hidden) if needed[0] else None
-    towards_weight = _WeightGradient(matrix, plan) if needed[1] else None
-    buffer = matrix.new_empty(min(plan.size, len(plan.rows)), len(matrix))
+    towards_weight = _WeightGradient(matrix, weight, plan.weight_gradient) if needed[1] else None
+    buffer = large(matrix.new_empty(min(plan.size, len(plan.rows)), len(matrix)))
     for rows, shares in zip(plan.rows.split(plan.size), plan.shares.split(plan.size), strict=True):
         part, raw = hidden[rows].to(plan.dtype), buffer[: len(rows)]
         torch.mm(part, matrix.t(), out=raw)
@@ -256,29 +256,46 @@ def _walk_chunks(
             towards_hidden[rows] = torch.mm(raw, matrix).to(hidden.dtype)
         if towards_weight is not None:
             towards_weight.add(raw, part)
-    del buffer, raw  # before the sum is converted: that is where memory peaks
-    gradient = None if towards_weight is None else towards_weight.sum.to(weight.dtype)
+    del buffer, raw  # before the sum is converted, which takes memory of its own
+    gradient = None if towards_weight is None else towards_weight.finished(weight)
     return total.to(plan.shares.dtype), towards_hidden, gradient
 
 
 class _WeightGradient:
-    """The sum over chunks of (gradient of logits)^T (hidden states), [V, D].
+    """The sum over chunks of (gradient of logits)^T (hidden states), [V, D], in blocks of the vocabulary.
 
     A product of bfloat16 comes out in bfloat16; adding those up in bfloat16 would lose what later chunks bring, so
-    the sum is float32. Products are made for a block of the vocabulary at a time, as they are added at once.
+    the sum is float32. A block's product is added at once, so that no second matrix of this size is needed.
     """
 
-    def __init__(self, matrix: Tensor, plan: _Plan) -> None:
-        dtype = plan.weight_gradient or torch.promote_types(matrix.dtype, torch.float32)
-        self.sum = torch.zeros_like(matrix, dtype=dtype)
+    def __init__(self, matrix: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:
+        dtype = dtype or torch.promote_types(matrix.dtype, torch.float32)
+        self.result = large(torch.empty_like(weight)) if dtype is weight.dtype else None
+        if self.result is None:
+            self.sums = [large(torch.empty_like(block, dtype=dtype)) for block in matrix.split(BLOCK)]
+        else:
+            self.sums = list(self.result.split(BLOCK))
         self.product = None if dtype is matrix.dtype else torch.empty_like(matrix[:BLOCK])
+        self.started = False
 
     def add(self, raw: Tensor, part: Tensor) -> None:
         """One more chunk: gradient of logits [C, V], hidden states [C, D]."""
-        if self.product is None:
-            torch.addmm(self.sum, raw.t(), part, out=self.sum)
-            return
-        for logits, total in zip(raw.split(BLOCK, dim=1), self.sum.split(BLOCK), strict=True):
+        for logits, total in zip(raw.split(BLOCK, dim=1), self.sums, strict=True):
+            if self.product is None:
+                torch.addmm(total, logits.t(), part, beta=int(self.started), out=total)  # beta 0 reads no sum
+                continue
             product = torch.mm(logits.t(), part, out=self.product[: len(total)])
-            if not add_in_place(total, product):
+            if not self.started:
+                total.copy_(product)
+            elif not add_in_place(total, product):
                 total += product
+        self.started = True
+
+    def finished(self, weight: Tensor) -> Tensor:
+        """The sum, like the weight. Where that is another dtype, each block goes once it is converted."""
+        if self.result is not None:
+            return self.result
+        result = large(torch.empty_like(weight))
+        for block in result.split(BLOCK):
+            block.copy_(self.sums.pop(0))
+        return result
