@@ -385,10 +385,20 @@ def test_autocast_multiplies_in_bfloat16_and_leaves_gradients_in_float32() -> No
 
 
 def test_chunks_fit_their_budget() -> None:
-    assert chunk_rows(256_000, 2, 1, 128 * 2**20) == 256
-    assert chunk_rows(256_000, 2, 2, 128 * 2**20) == 128
-    assert chunk_rows(256_000, 4, 1, 1) == 1
-    assert chunk_rows(100, 1, 1, 1500) == 15
+    assert chunk_rows(2048, 2 * 256_000, 128 * 2**20) == 256
+    assert chunk_rows(2048, 4 * 256_000, 128 * 2**20) == 128
+    assert chunk_rows(2048, 4 * 256_000, 1) == 1
+    assert chunk_rows(2048, 100, 1500) == 15
+    assert chunk_rows(257, 2 * 256_000, 128 * 2**20) == 144  # not 256 and 1
+    assert chunk_rows(3, 2 * 256_000, 128 * 2**20) == 16
+
+
+@given(tokens=st.integers(1, 5000), token_bytes=st.integers(1, 1000), budget=st.integers(1, 100_000))
+def test_chunks_are_as_few_as_the_budget_allows(tokens: int, token_bytes: int, budget: int) -> None:
+    size = chunk_rows(tokens, token_bytes, budget)
+    assert size == 1 or size * token_bytes <= budget
+    most = max(1, budget // token_bytes)
+    assert math.ceil(tokens / size) == math.ceil(tokens / (most if most < 16 else most // 16 * 16))
 
 
 @pytest.mark.parametrize(

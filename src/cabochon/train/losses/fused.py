@@ -8,6 +8,7 @@ The idea is that of Liger (arXiv 2410.10989, section 3.2); here both soft caps a
 Dimension letters: M tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from cabochon.train.losses.teachers import (
     against_top_k,
 )
 
-CHUNK_BYTES = 96 * 2**20
+CHUNK_BYTES = 128 * 2**20
 BLOCK = 64_000  # ids of the vocabulary; smaller ones would make products slower
 
 # Raw logits [C, V], rows int64 [C] of the batch, weights [C] -> losses [C]; the logits become their gradient.
@@ -123,10 +124,16 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def chunk_rows(vocab_size: int, item_bytes: int, heads: int, budget: int) -> int:
-    """Tokens of a chunk: as many as the budget allows, in steps of 16 beyond 16; at least one."""
-    rows = max(1, budget // (vocab_size * item_bytes * heads))
-    return rows if rows < 16 else rows // 16 * 16
+def chunk_rows(tokens: int, token_bytes: int, budget: int) -> int:
+    """Tokens of a chunk when logits take so many bytes a token: chunks as few as the budget allows, and alike.
+
+    Alike, because products with a few last tokens would read all of the weight for them. In steps of 16, which
+    the products prefer, unless the budget is for less; at least one.
+    """
+    most = max(1, budget // token_bytes)
+    most = most if most < 16 else most // 16 * 16
+    chunks = max(1, math.ceil(tokens / most))
+    return max(1, min(most, math.ceil(tokens / chunks / 16) * 16))
 
 
 def _check(hidden: Tensor, head: Head, temperature: float, per_token: Tensor) -> None:
@@ -198,7 +205,7 @@ def _walk(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shares = torch.ones(len(rows), dtype=wide, device=hidden.device) if weights is None else weights[rows].to(wide)
     dtype = product_dtype(hidden)
-    size = chunk_rows(len(head.weight), dtype.itemsize, heads, walk.chunk_bytes)
+    size = chunk_rows(len(rows), len(head.weight) * dtype.itemsize * heads, walk.chunk_bytes)
     plan = _Plan(losses, rows, shares / count, size, dtype, walk.weight_gradient)
     loss: Tensor = _HeadLoss.apply(hidden, head.weight, plan)  # type: ignore[no-untyped-call]
     return loss
@@ -243,7 +250,7 @@ def _walk_chunks(
     hidden: Tensor, weight: Tensor, plan: _Plan, needed: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss float64, gradient of hidden and gradient of weight, chunk by chunk; no gradient where none is needed."""
-    matrix = weight.to(plan.dtype)
+    matrix = weight if weight.dtype is plan.dtype else large(torch.empty_like(weight, dtype=plan.dtype)).copy_(weight)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     towards_hidden = torch.zeros_like(hidden) if needed[0] else None
     towards_weight = _WeightGradient(matrix, weight, plan.weight_gradient) if needed[1] else None
