@@ -25,12 +25,14 @@ class ModelRef:
 
     @classmethod
     def parse(cls, text: str) -> "ModelRef":
-        """Read the text form. Raises `ValueError` when it has more than one `+`, or more than one `@` in a part."""
+        """Read the text form. Raises `ValueError`: more than one `+`, more than one `@` in a part, or no path."""
         model, *adapters = text.split("+")
         if len(adapters) > 1 or any(part.count("@") > 1 for part in (model, *adapters)):
-            raise ValueError(text)
+            raise ValueError(f"{text!r} has too many + or @")
         path, _, revision = model.partition("@")
         adapter, _, adapter_revision = (adapters or [""])[0].partition("@")
+        if not path or (adapters and not adapter):
+            raise ValueError(f"{text!r} leaves out a path")
         return cls(path, revision or None, adapter or None, adapter_revision or None)
 
     def __str__(self) -> str:

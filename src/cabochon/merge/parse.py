@@ -1,8 +1,9 @@
 """mergekit's YAML, as it is, to a `MergeConfig`. Whatever is wrong is said with its place in the file."""
 
 import contextlib
-import math
 import reprlib
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -55,20 +56,29 @@ def parse_config(text: str, file: str = "the configuration") -> MergeConfig:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         raise _unsound(file, f"{getattr(error, 'problem', None) or 'it is not sound YAML'}{line}") from None
+    except (ValueError, OverflowError) as error:  # a date that is none, a number of thousands of digits
+        raise _unsound(file, str(error)) from None
     except RecursionError:
         raise _unsound(file, "it is nested too deeply") from None
     return _Parser(file).config(document, text)
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows scalars, lists and mappings. A tag that asks for an object is an error."""
+    """Knows scalars, lists and mappings. A tag that asks for an object is an error, and so is a repeated key."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        again = next((key for key in keys if keys.count(key) > 1), None)
-        if again is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{again!r} is there twice", node.start_mark)
-        return dict(super().construct_mapping(node, deep))
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._checked: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Comes before a mapping is built, and before another takes it in (`<<`), which may well repeat its keys."""
+        if id(node) not in self._checked:
+            self._checked.add(id(node))
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            again = next((key for key, count in keys.items() if count > 1), None)
+            if again is not None:
+                raise yaml.constructor.ConstructorError(None, None, f"{again!r} is there twice", node.start_mark)
+        super().flatten_mapping(node)
 
 
 def _unsound(file: str, cause: str) -> BadInput:
@@ -146,11 +156,11 @@ class _Parser:
         return Source(model, (first, end), parameters)
 
     def _model(self, value: Any, where: str) -> ModelRef:
-        if isinstance(value, str) and value:
+        if isinstance(value, str):
             try:
                 return ModelRef.parse(value)
-            except ValueError:
-                self._fail(where, f"{_short(value)} has too many + or @", "write MODEL@REVISION+ADAPTER")
+            except ValueError as error:
+                self._fail(where, str(error), "write MODEL@REVISION+ADAPTER")
         level = self._mapping(value, where, ("model", "lora", "override_architecture"))
         if level.get("override_architecture") not in (None, "Gemma2ForCausalLM"):
             self._fail(where, f"it asks for {_short(level['override_architecture'])}", "merge Gemma 2 models")
@@ -194,10 +204,12 @@ class _Parser:
             inner = self._mapping(source, f"{where}.source", ("kind", "model", "token", "token_id"))
             if inner["kind"] == "zero":
                 return TokenChoice(None, force=force)
-            if inner["kind"] != "model_token" or (inner.get("token") is None) == (inner.get("token_id") is None):
+            token, number = inner.get("token"), inner.get("token_id")
+            named = isinstance(token, str) and number is None
+            numbered = type(number) is int and number >= 0 and token is None
+            if inner["kind"] != "model_token" or not (named or numbered):
                 self._fail(f"{where}.source", "it says neither zero nor one token", "give kind, model and token")
-            model = self._model(inner.get("model"), f"{where}.source.model")
-            return TokenChoice(model, inner.get("token"), inner.get("token_id"), force)
+            return TokenChoice(self._model(inner.get("model"), f"{where}.source.model"), token, number, force)
         return TokenChoice(self._model(source, f"{where}.source"), force=force)
 
     def _parameters(self, value: Any, where: str) -> Parameters:
@@ -224,7 +236,7 @@ class _Parser:
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
             with contextlib.suppress(ValueError):
                 value = float(value)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             self._fail(where, f"{_short(value)} is not a number", "give a number, a list of them, or filters")
         return value
 

@@ -82,12 +82,27 @@ parameters: {weight: 1}
         ("models: &a [*a]\nmerge_method: linear", "not a mapping"),
         (LINEAR + "tokenizer_source: base\ntokenizer: {source: base}", "leave one of them out"),
         (LINEAR + "---\n" + LINEAR, "another document"),
+        (LINEAR.replace("weight: 0.3", "weight: " + "9" * 400), "not a number"),
+        (LINEAR.replace("weight: 0.3", "weight: " + "9" * 5000), "digits"),
+        (LINEAR.replace("weight: 0.3", "weight: 2001-13-45"), "month"),
+        (LINEAR.replace("model: a", "model: +lora"), "leaves out a path"),
+        (LINEAR.replace("model: a", "model: a+"), "leaves out a path"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a, token: 5}}}}", "one token"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a, token_id: -1}}}}", "one token"),
     ],
 )
 def test_what_cannot_be_used_is_said_with_its_place(text: str, said: str) -> None:
     with pytest.raises(BadInput) as caught:
         parse_config(text, "my.yml")
     assert said in str(caught.value) and "my.yml" in caught.value.what
+
+
+def test_a_mapping_that_takes_in_another_may_repeat_its_keys() -> None:
+    text = (
+        LINEAR.replace("{weight: 0.3}", "&a {<<: &b {weight: 0.3}, weight: 0.5}") + "parameters: {<<: *a, weight: 2}\n"
+    )
+    config = parse_config(text)
+    assert config.slices[0].sources[0].parameters == {"weight": 0.5} and config.parameters == {"weight": 2}
 
 
 @given(st.text(max_size=200))
