@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cabochon.base.errors import BadInput, MissingResource, UsageError
-from cabochon.base.files import unfinished_bytes
+from cabochon.base.files import resumable_folder, unfinished_bytes
 from cabochon.cli.main import main
 from cabochon.merge import execute
 from cabochon.merge.parse import parse_config
@@ -222,3 +222,50 @@ def test_a_folder_that_is_not_a_model_is_never_replaced(work: Path) -> None:
     with pytest.raises(UsageError):
         Merge.prepare(parse_config(linear(work))).write(work / "home", overwrite=True)
     assert (work / "home/letter.txt").exists()
+
+
+def test_data_that_the_disk_lost_is_never_noted_as_done(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system says once that writing failed; later calls for the same file succeed, and prove nothing."""
+    calls: list[int] = []
+
+    def forced(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 5:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(execute, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(execute, "_force_data", forced)
+    with pytest.raises(MissingResource, match="Input/output error"):
+        merged(linear(work), work / "out")
+    notes = (work / ".out.unfinished/.done").read_text().splitlines()
+    assert len(calls) == 5 and len(notes) == 2  # a call for the data and one for the note, each
+
+
+def test_two_merges_to_one_place(work: Path) -> None:
+    with resumable_folder(work / "out", "another"), pytest.raises(UsageError, match="another process is writing"):
+        merged(linear(work), work / "out")
+
+
+def test_other_tokenizers_are_another_merge(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    real = execute.merge
+    monkeypatch.setattr(execute, "merge", lambda *a, **k: (done.append(a[1].names[0]), real(*a, **k)))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "write_documents", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merged(linear(work), work / "out")
+    done.clear()
+    (work / "b/tokenizer_config.json").write_text("{}")
+    merged(linear(work), work / "out")
+    assert len(done) == 2 + 11 * CONFIG.num_layers
+
+
+def test_a_damaged_tokenizer_configuration(work: Path) -> None:
+    (work / "b/tokenizer_config.json").write_text('{"chat_template": ')
+    with pytest.raises(BadInput, match="tokenizer_config"):
+        merged(linear(work, more="chat_template: auto\n"), work / "out")
+    assert not (work / "out").exists()

@@ -10,6 +10,7 @@ from cabochon.base.version import package_version
 from cabochon.merge.config import MergeConfig, ModelRef
 from cabochon.merge.plan import Plan
 from cabochon.merge.sources import Opened
+from cabochon.weights.hub import REPO_ID
 
 _TEXT = """\
 ---
@@ -39,7 +40,7 @@ def card(
     name: str, config: MergeConfig, plan: Plan, models: Mapping[ModelRef, Opened], *, seed: int, hashes: bool
 ) -> str:
     """The `README.md` of a merged model, with the metadata that the Hub reads; `hashes` as in `Opened.digests`."""
-    hub = [ref.path for ref in models if _is_hub_id(ref.path)]
+    hub = [ref.path for ref in models if REPO_ID.fullmatch(ref.path) and not Path(ref.path).exists()]
     metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["gemma2", "merge", "cabochon"]}
     if hub:
         metadata |= {"base_model": hub, "base_model_relation": "merge"}
@@ -62,10 +63,6 @@ def card(
         seed=f" Seed {seed}." if plan.method.random else "",
         config=config.text.strip(),
     )
-
-
-def _is_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
 
 
 def _digests(model: Opened, compute: bool) -> str:

@@ -71,8 +71,9 @@ def execute(
             run = stack.enter_context(workers(threads))
             output = stack.enter_context(_output(work, plan, shard_bytes))
             for stage, following in _with_next(plan.stages()):
-                for operand in (operand for job in following for operand in job.inputs):
-                    models[operand.model].announce(operand.name)
+                for job in following:
+                    for operand in () if job.name in output.done else job.inputs:
+                        models[operand.model].announce(operand.name)
                 _merge_stage(plan, stage, models, output, run)
                 report(sum(torch.Size(job.shape).numel() for job in stage) * plan.dtype.itemsize)
             output.commit()
@@ -192,6 +193,9 @@ class _Output:
         self._commits.append(self._committer.submit(self._force, names))
 
     def _force(self, names: list[str]) -> None:
+        # The system tells once that data was lost, whoever's it was: after that nothing more can be called done.
+        if any(commit.done() and commit.exception() for commit in self._commits):
+            return
         for descriptor in {self._places[name][0] for name in names}:
             _force_data(descriptor)
         os.write(self._notes, json.dumps(names).encode() + b"\n")

@@ -13,16 +13,13 @@ from cabochon.merge.config import MergeConfig, ModelRef
 from cabochon.merge.diagnose import Diagnosis, diagnose
 from cabochon.merge.execute import execute, workers
 from cabochon.merge.plan import Plan, plan
-from cabochon.merge.sources import Opened, open_models
+from cabochon.merge.sources import Opened, Tensors, open_models
 from cabochon.merge.template import with_chat_template
 from cabochon.merge.vocabulary import Vocabulary, align, read_tokenizers
+from cabochon.text.tokenizer import FILES
 from cabochon.weights.save import SHARD_BYTES
 
 CONFIG_FILE = "mergekit_config.yml"  # where the Hub's merges have it
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja"),
-)
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,8 @@ class Merge:
     def inspect(self, *, threads: int = 0, report: Callable[[int], None] = lambda _: None) -> Diagnosis:
         """Compare the models with the base, without merging them. `report` is called with the bytes that are read.
 
+        Where all densities of the merge are the same, signs are counted after trimming, as TIES does.
+
         Raises `BadInput`: there is no base, or the models differ in shape or hold values that are not finite.
         """
         base = self.models[self.config.base] if self.config.base else None
@@ -93,16 +92,17 @@ class Merge:
                 "the merge cannot be looked at", "task vectors are what models have beyond a base", "add base_model"
             )
         others = [model for model in self.models.values() if model is not base]
-        views = [{name: model.tensor(name) for name in base.checked.tensors} for model in (base, *others)]
+        densities = {d for job in self.plan.jobs for d in job.settings.per_model.get("density", ())}
+        density = densities.pop() if len(densities) == 1 else 1.0
 
         def done(name: str) -> None:
             for model in (base, *others):
                 model.let_go(name)
                 report(model.nbytes(name))
 
-        named = {str(model.ref): tensors for model, tensors in zip(others, views[1:], strict=True)}
+        named = {str(model.ref): Tensors(model) for model in others}
         with workers(threads) as run:
-            return diagnose(views[0], named, run=run, done=done)
+            return diagnose(Tensors(base), named, density=density, run=run, done=done)
 
     def missing_bytes(self, out: Path) -> int:
         """Bytes that the disk still has to find room for, given what an unfinished merge left."""
@@ -117,5 +117,5 @@ class Merge:
 
 def tokenizer_files(model: Opened) -> dict[str, bytes]:
     """The files of a model's tokenizer, unchanged."""
-    paths = (model.folder / name for name in TOKENIZER_FILES)
+    paths = (model.folder / name for name in FILES)
     return {path.name: path.read_bytes() for path in paths if path.is_file()}

@@ -1,7 +1,7 @@
 """The models of a merge, opened: their tensors where they lie in the files. Names of tensors are ours."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -78,8 +78,9 @@ class Opened:
 
     def identity(self) -> list[str]:
         """What tells whether the files are still the same: their names, sizes and times."""
+        small = [path for pattern in ("*.json", "*.model") for path in sorted(self.folder.glob(pattern))]
         adapter = sorted(self.adapter.folder.glob("adapter_*")) if self.adapter else []
-        states = [(file, file.stat()) for file in (*self.checked.files, *adapter)]
+        states = [(file, file.stat()) for file in (*self.checked.files, *small, *adapter)]
         return [f"{file.resolve()} {state.st_size} {state.st_mtime_ns}" for file, state in states]
 
     def digests(self, *, compute: bool = False) -> list[str | None]:
@@ -97,6 +98,27 @@ class Opened:
     def _mapped(self, name: str) -> MappedTensor:
         stored = self.checked.tensors[name]
         return self.files[stored.path].tensor(stored, TORCH[stored.dtype])
+
+
+@dataclass(frozen=True)
+class Tensors(Mapping[str, Tensor]):
+    """A model's tensors by name, each looked up, or made, only when it is asked for."""
+
+    model: Opened
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.model.checked.tensors:
+            raise KeyError(name)
+        return self.model.tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.model.checked.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model.checked.tensors)
+
+    def __len__(self) -> int:
+        return len(self.model.checked.tensors)
 
 
 def open_models(refs: Iterable[ModelRef], *, token: str | None = None, offline: bool = False) -> dict[ModelRef, Opened]:

@@ -3,10 +3,11 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 from cabochon.base.errors import BadInput
 from cabochon.merge.sources import Opened
+from cabochon.weights.header import parse_json
 
 CONFIG, FILE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -33,16 +34,15 @@ def with_chat_template(files: Mapping[str, bytes], choice: str | None, models: S
             "the names that mergekit knows belong to other models",
             "write auto, or the text of a template",
         )
-    document: dict[str, Any] = json.loads(files.get(CONFIG, b"{}"))
+    document = parse_json(files.get(CONFIG, b"{}"), Path(CONFIG))
     written = json.dumps(document | {"chat_template": choice}, indent=2, ensure_ascii=False) + "\n"
     return {name: content for name, content in files.items() if name != FILE} | {CONFIG: written.encode()}
 
 
 def _template(model: Opened) -> str | None:
     """The template in a model's folder, if any."""
-    if (model.folder / FILE).is_file():
-        return (model.folder / FILE).read_text(encoding="utf-8").strip()
-    if not (model.folder / CONFIG).is_file():
-        return None
-    text = json.loads((model.folder / CONFIG).read_text(encoding="utf-8")).get("chat_template")
+    own, config = model.folder / FILE, model.folder / CONFIG
+    if own.is_file():
+        return own.read_bytes().decode(errors="replace").strip()
+    text = parse_json(config.read_bytes(), config).get("chat_template") if config.is_file() else None
     return text.strip() if isinstance(text, str) else None
