@@ -18,7 +18,7 @@ Head = Callable[[Tensor], Tensor]  # hidden [M, D] -> soft-capped logits float32
 def token_losses(head: Head, hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Negative log-probability float32 [M] of targets int64 [M] after hidden [M, D]; 0 where the target is -100.
 
-    With gradients on, a chunk's logits are made again on the way back instead of being kept.
+    For looking at: with gradients on, the logits of all chunks would be kept. Training has `train/losses`.
     """
 
     def losses(part: Tensor, wanted: Tensor) -> Tensor:
@@ -26,10 +26,6 @@ def token_losses(head: Head, hidden: Tensor, targets: Tensor, vocab_size: int) -
 
     size = chunk_size(vocab_size)
     parts = zip(hidden.split(size), targets.split(size), strict=True)
-    if torch.is_grad_enabled() and len(hidden) > size:
-        from torch.utils.checkpoint import checkpoint  # only training needs it
-
-        return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
     return torch.cat([losses(*part) for part in parts])
 
 
