@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from cabochon.merge.parse import parse_config
 from cabochon.merge.run import Merge
@@ -48,3 +49,13 @@ def test_a_seed_decides_what_is_dropped(tmp_path: Path) -> None:
         Merge.prepare(parse_config(text), seed=seed).write(tmp_path / str(number))
         embeddings.append(load_model(tmp_path / str(number)).embedding.weight)
     assert torch.equal(embeddings[0], embeddings[1]) and not torch.equal(embeddings[0], embeddings[2])
+
+
+def test_transformers_loads_a_merge_and_answers_the_same(tmp_path: Path) -> None:
+    make.write_models(tmp_path)
+    Merge.prepare(parse_config(make.configuration("passthrough", tmp_path))).write(tmp_path / "out", shard_bytes=4000)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    ids = torch.tensor([[2, 5, 7, 11, 13, 17, 19, 23] * 4])
+    with torch.inference_mode():
+        ours = load_model(tmp_path / "out").eval()(ids)
+        torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-5, atol=1e-5)
