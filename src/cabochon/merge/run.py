@@ -15,8 +15,7 @@ from cabochon.merge.execute import execute, workers
 from cabochon.merge.plan import Plan, plan
 from cabochon.merge.sources import Opened, Tensors, open_models
 from cabochon.merge.template import with_chat_template
-from cabochon.merge.vocabulary import Vocabulary, align, read_tokenizers
-from cabochon.text.tokenizer import FILES
+from cabochon.merge.vocabulary import Vocabulary, align, read_tokenizers, tokenizer_files
 from cabochon.weights.save import SHARD_BYTES
 
 CONFIG_FILE = "mergekit_config.yml"  # where the Hub's merges have it
@@ -61,7 +60,7 @@ class Merge:
         """
         text = card(out.resolve().name, self.config, self.plan, self.models, seed=self.seed, hashes=hashes)
         donor = self.models[self.config.base or self.config.models()[0]]
-        tokenizer = self.vocabulary.files if self.vocabulary else tokenizer_files(donor)
+        tokenizer = self.vocabulary.files if self.vocabulary else tokenizer_files(donor.folder)
         files = {
             **with_chat_template(tokenizer, self.config.chat_template, list(self.models.values())),
             "README.md": text.encode(),
@@ -113,9 +112,3 @@ class Merge:
         states = [line for model in self.models.values() for line in model.identity()]
         told = "\n".join([package_version(), repr(self.config), str(self.seed), str(shard_bytes), *states])
         return hashlib.sha256(told.encode()).hexdigest()
-
-
-def tokenizer_files(model: Opened) -> dict[str, bytes]:
-    """The files of a model's tokenizer, unchanged."""
-    paths = (model.folder / name for name in FILES)
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}

@@ -134,7 +134,7 @@ def read_tokenizers(
             found[ref] = ModelTokenizer(folder, rows, found[first].ids, found[first].files, borrowed=True)
             continue
         name = name or JSON  # missing: `open_json` says so
-        files = _read(folder)
+        files = tokenizer_files(folder)
         digest = hashlib.sha256(files.get(name, b"")).hexdigest()
         if digest not in known:
             known[digest] = (open_json if name == JSON else open_sentencepiece)(folder / name).ids
@@ -142,7 +142,8 @@ def read_tokenizers(
     return found
 
 
-def _read(folder: Path) -> dict[str, bytes]:
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of a tokenizer as they are, by name. Raises `MissingResource` when one cannot be read."""
     try:
         return {path.name: path.read_bytes() for path in (folder / name for name in FILES) if path.is_file()}
     except OSError as error:
