@@ -39,6 +39,14 @@ class MissingResource(CabochonError):
     exit_code = 4
 
 
+class Elsewhere(CabochonError):
+    """Another process of the same run has failed and says why; this one only ends, with the same exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the run has failed", "another of its processes says why", "look at what that one printed")
+        self.exit_code = exit_code
+
+
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that `word` was most likely meant to be, or None when nothing is close."""
     return next(iter(difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)), None)

@@ -12,12 +12,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from cabochon.base.errors import BadInput, UsageError
 
-_KEY = ".key"
+_KEY = "key"
 
 
 @contextlib.contextmanager
@@ -66,19 +67,32 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     _sync(path.parent)
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """Work that can be taken up again: what is in `folder` becomes the folder that is written, `notes` never do."""
+
+    folder: Path
+    notes: Path
+
+
 @contextlib.contextmanager
-def resumable_folder(path: Path, key: str, *, overwrite: bool = False) -> Iterator[Path]:
+def resumable_folder(path: Path, key: str, *, overwrite: bool = False) -> Iterator[Unfinished]:
     """As `atomic_folder`, for work that takes long: when the block fails or the process dies, what is there is kept,
     unless the input was bad.
 
-    The next call with the same `key` gets the same folder with everything in it; it is up to the caller to know what
-    of it is whole. A call with another key begins anew. Files whose names begin with a dot are notes of the work, and
-    vanish at the end. Raises `UsageError` also while another process is at work there.
+    The next call with the same `key` gets the same folder and notes with everything in them; it is up to the caller to
+    know what of it is whole. A call with another key begins anew. Raises `UsageError` also while another process is at
+    work there.
     """
     path = path.resolve()
+    kept = _unfinished(path)
+    work = Unfinished(kept / "folder", kept)
+    if kept.is_dir() and not work.folder.is_dir():  # the process died after the last step but one
+        with _lock(kept, wait=False) as ours:
+            if ours:
+                shutil.rmtree(kept, ignore_errors=True)
     _check_target(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = _unfinished(path)
     kept.mkdir(mode=0o700, exist_ok=True)
     with _lock(kept, wait=False) as ours:
         if not ours:
@@ -90,24 +104,41 @@ def resumable_folder(path: Path, key: str, *, overwrite: bool = False) -> Iterat
             for old in kept.iterdir():
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
             mark.write_text(key, encoding="utf-8")
+        work.folder.mkdir(exist_ok=True)
         try:
-            yield kept
+            yield work
         except BadInput:  # would fail again
             shutil.rmtree(kept, ignore_errors=True)
             raise
         _check_target(path, overwrite)
-        for file in kept.rglob("*"):
+        for file in work.folder.rglob("*"):
             _sync(file)
-        kept.chmod(0o777 & ~_umask())
-        _swap(kept, path)
-        for note in path.glob(".*"):
-            note.unlink()
-    _sync(path.parent)
+        _swap(work.folder, path)
+        _sync(path.parent)
+        shutil.rmtree(kept, ignore_errors=True)
+        _remove_left_behind(path)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made when it is not there, until the block ends or the process does.
+
+    Raises `UsageError` while another process holds it, and `OSError` as the file system gives it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder, wait=False) as ours:
+        if not ours and sys.platform != "win32":
+            raise UsageError(
+                f"{folder} was not written to",
+                "another process is at work in it",
+                "wait for it, or name another folder",
+            )
+        yield
 
 
 def unfinished_bytes(path: Path) -> int:
     """Bytes on the disk of what `resumable_folder` keeps for `path`."""
-    return sum(file.stat().st_blocks * 512 for file in _unfinished(path.resolve()).glob("*"))
+    return sum(file.stat().st_blocks * 512 for file in (_unfinished(path.resolve()) / "folder").glob("*"))
 
 
 def _unfinished(path: Path) -> Path:
@@ -150,16 +181,20 @@ def _swap(new: Path, path: Path) -> None:
 @contextlib.contextmanager
 def _locked_sibling(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path`, locked while this process lives; those of dead processes are removed."""
-    for left_behind in path.parent.glob(f".{_literal(path.name)}.*.partial"):
-        with _lock(left_behind, wait=False) as ours:
-            if ours:
-                shutil.rmtree(left_behind, ignore_errors=True)
+    _remove_left_behind(path)
     while True:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         with _lock(temporary, wait=True) as ours:
             if ours:  # not if another process took it for left behind before it was locked
                 yield temporary
                 return
+
+
+def _remove_left_behind(path: Path) -> None:
+    for left_behind in path.parent.glob(f".{_literal(path.name)}.*.partial"):
+        with _lock(left_behind, wait=False) as ours:
+            if ours:
+                shutil.rmtree(left_behind, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Line plots and heat maps as SVG, written by hand: text in, text out, nothing loaded.
+"""Line plots, heat maps and bars as SVG, written by hand: text in, text out, nothing loaded.
 
 The files stand alone. They have a title and a description for readers of the screen, every number as text or as a
 tooltip, the font of the system, and colours for light and dark that follow `prefers-color-scheme`. Series differ in
@@ -8,8 +8,8 @@ dashes and markers as well as in colour.
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 
 # Colours: paper, ink, lines of the grid, what heat is made of, and series (Okabe and Ito, darker or lighter).
@@ -101,6 +101,54 @@ def heat_map(
     parts += _heat_scale(left, head + line * len(rows) + 18, f"{show(low)}{unit}", f"{show(high)}{unit}")
     told = description or f"{len(rows)} rows and {len(columns)} columns, from {show(low)}{unit} to {show(high)}{unit}"
     return _document(title, told, parts, width, height)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its length, half the width of its whisker, and values of others by name, which become markers."""
+
+    label: str
+    value: float
+    error: float = 0.0
+    others: Mapping[str, float] = field(default_factory=dict)
+
+
+def bar_plot(bars: Sequence[Bar], *, title: str, description: str = "", x_label: str = "", width: int = 640) -> str:
+    """Horizontal bars from 0, with whiskers, and markers for what they are compared to."""
+    names = list(dict.fromkeys(name for bar in bars for name in bar.others))
+    ends = [0.0, *(v for bar in bars for v in (bar.value + bar.error, *bar.others.values()) if math.isfinite(v))]
+    x_ticks = _ticks(ends)
+    left = 22 + max((len(bar.label) for bar in bars), default=0) * _GLYPH
+    line, top = 26, 44 + 18 * bool(names)
+    height = top + line * len(bars) + 50
+    x = _scale(x_ticks, left, width - 24)
+    rows = [(float(n), "") for n in (len(bars), 0)]  # the first bar on top
+    y = _scale(rows, top + line * len(bars), top) if bars else lambda _: float(top)
+    parts = _axes(x_ticks, rows, x, y, x_label, "", width, height) if bars else []
+    for number, bar in enumerate(bars):
+        middle = top + line * (number + 0.5)
+        parts += _bar(bar, x, middle, names)
+    if names:
+        parts += _keys(names, left)
+    told = description or "; ".join(f"{bar.label}: {bar.value:.4g}" for bar in bars)
+    return _document(title, told, parts, width, height)
+
+
+def _bar(bar: Bar, x: Callable[[float], float], middle: float, names: Sequence[str]) -> list[str]:
+    parts = [_text(x(0) - 8, middle + 4, bar.label, "end")]
+    if math.isfinite(bar.value):
+        tip = f"{bar.label}: {bar.value:.4g} ± {bar.error:.2g}" if bar.error else f"{bar.label}: {bar.value:.4g}"
+        size = f'width="{max(0.0, x(bar.value) - x(0)):.1f}" height="14"'
+        box = f'<rect class="heat" x="{x(0):.1f}" y="{middle - 7:.1f}" {size} fill-opacity="0.6"/>'
+        parts.append(f"<g>{box}<title>{_safe(tip)}</title></g>")
+    if bar.error and math.isfinite(bar.error):
+        low, high = x(bar.value - bar.error), x(bar.value + bar.error)
+        parts.append(f'<path class="axis" d="M{low:.1f} {middle:.1f}H{high:.1f}"/>')
+    for name, value in bar.others.items():
+        if math.isfinite(value):
+            marker = _marker(x(value), middle, names.index(name) % SERIES)
+            parts.append(f"<g>{marker}<title>{_safe(f'{bar.label}, {name}: {value:.4g}')}</title></g>")
+    return parts
 
 
 def _ticks(values: Sequence[float], count: int = 5) -> list[tuple[float, str]]:

@@ -5,6 +5,7 @@ Source: arXiv 2408.00118, section 2 (soft cap: cap * tanh(scores / cap), before 
 
     plain      the formula, whole score matrix at once
     blockwise  the formula for a block of queries at a time: memory grows linearly with length
+    native     the formula for a block of queries, with our own kernel between the products, forward and backward
     flex       torch's flex_attention, cap and window inside one CUDA kernel
     sdpa       torch's scaled_dot_product_attention, which knows no soft cap: only when the caller turned
                the cap off, and only for inference
@@ -22,6 +23,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cabochon.base.errors import CabochonError, UsageError, nearest
+from cabochon.model.kernels import cuda, elementwise, training
+from cabochon.model.kernels.native import usable
 from cabochon.model.proof import failures
 from cabochon.model.visibility import Visibility
 
@@ -57,6 +60,10 @@ def attention(
         UsageError: an unknown backend, or one that cannot do what is asked.
         CabochonError: the backend failed its proof on this device.
     """
+    if backend is None and visible.in_order and cuda.usable(q, k, v, dense=False):
+        from cabochon.model.kernels.cuda.attend import as_backend
+
+        return as_backend(q, k, v, visible, scale, softcap)
     name = backend or choose(q, k, softcap)
     if name not in BACKENDS:
         raise UsageError(
@@ -73,10 +80,14 @@ def attention(
 
 def choose(q: Tensor, k: Tensor, softcap: float | None) -> str:
     """The fastest backend that is exact for these inputs."""
-    if q.device.type == "cuda" and q.shape[2] > 1:
-        return "flex"
+    if q.device.type == "cuda" and q.shape[2] > 1 and elementwise.learnt(q, k):
+        return "flex"  # compiling it takes a while: worth it for training
     if softcap is None and not (torch.is_grad_enabled() and q.requires_grad):
         return "sdpa"
+    # In float32 torch's tanh and exp are nearer to the references' by some last bits.
+    whole = q.dtype is torch.bfloat16 and 1 < q.shape[2] == k.shape[2]
+    if q.device.type == "cpu" and (whole or elementwise.learnt(q, k)) and usable(gradients=True) is not None:
+        return "native"
     return "plain" if q.shape[2] <= BLOCK else "blockwise"
 
 
@@ -122,6 +133,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap
     return mixed * mask.any(-1)[:, None, :, None]
 
 
+def native(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float | None) -> Tensor:
+    """As `blockwise`, keeping nothing but q, k and v for the way back. Only on a CPU, and where keys lie in runs."""
+    runs = visible.runs if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) else None
+    if runs is None:
+        return blockwise(q, k, v, visible, scale, softcap)
+    mixed: Tensor = training.Attention.apply(q, k, v, runs, scale, softcap or 0.0)  # type: ignore[no-untyped-call]
+    return mixed
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float | None) -> Tensor:
     """flex_attention: one fused kernel on CUDA; elsewhere its slow but equal eager form."""
 
@@ -139,7 +159,12 @@ def _flex_kernel(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     kernel: Callable[..., Any] = flex_attention
-    return torch.compile(kernel) if device == "cuda" else kernel
+    if device != "cuda":
+        return kernel
+    # Beyond the limit flex_attention would run uncompiled; the proof alone takes six. With shapes that are not fixed
+    # its backward fails to compile (torch 2.11), so each shape is compiled for itself.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(kernel, dynamic=False)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float | None) -> Tensor:
@@ -164,7 +189,7 @@ def _refuse_sdpa(softcap: float | None, training: bool) -> None:
         )
 
 
-BACKENDS: dict[str, Backend] = {"plain": plain, "blockwise": blockwise, "flex": flex, "sdpa": sdpa}
+BACKENDS: dict[str, Backend] = {"plain": plain, "blockwise": blockwise, "native": native, "flex": flex, "sdpa": sdpa}
 
 
 _PROVED: set[tuple[str, str, torch.dtype]] = set()

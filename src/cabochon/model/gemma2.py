@@ -6,6 +6,8 @@ Dimension letters: B batch, T positions, D hidden size, N query heads, K key-val
 F feed-forward size, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ class Gemma2(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend: str | None = None  # a name from attention.BACKENDS; None takes the best
+        self.recompute = False  # keep only each layer's input for the way back, and run the layer again
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.final_norm = RMSNorm(config)
@@ -56,15 +59,17 @@ class Gemma2(nn.Module):
             documents: int64 [B, T]; a query sees only keys of its own document. Not with a cache.
             cache: where keys and values of earlier positions are and these are added.
         """
+        in_order = positions is None and documents is None
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
-        visible: Any = self.visibility(positions, documents) if cache is None else cache.extend(positions)
+        visible: Any = self.visibility(positions, documents, in_order) if cache is None else cache.extend(positions)
         rotation = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed(ids)
         for i, block in enumerate(self.layers):
             sight = visible[self.config.is_local(i)]
-            x = block(x, rotation, sight, cache, self.attention_backend)
+            run = _recomputed(block) if self.recompute and torch.is_grad_enabled() else block
+            x = run(x, rotation, sight, cache, self.attention_backend)
         normed: Tensor = self.final_norm(x)
         return normed
 
@@ -73,11 +78,12 @@ class Gemma2(nn.Module):
         out: Tensor = self.embedding(ids) * self._embedding_scale()
         return out
 
-    def visibility(self, positions: Tensor, documents: Tensor | None) -> dict[bool, Visibility]:
+    def visibility(self, positions: Tensor, documents: Tensor | None, in_order: bool = False) -> dict[bool, Visibility]:
         """Who sees whom among positions [B, T], in local layers (True) and in global ones."""
         windows = {True: self.config.sliding_window, False: None}
         return {
-            local: Visibility(positions, positions, window, documents, documents) for local, window in windows.items()
+            local: Visibility(positions, positions, window, documents, documents, in_order)
+            for local, window in windows.items()
         }
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -122,9 +128,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         mixed = self.attention(self.pre_attention_norm(x), rotation, visible, cache, backend)
-        x = x + self.post_attention_norm(mixed)
-        out: Tensor = x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
-        return out
+        x = self.post_attention_norm.added_to(x, mixed)
+        return self.post_mlp_norm.added_to(x, self.mlp(self.pre_mlp_norm(x)))
 
 
 class Attention(nn.Module):
@@ -197,18 +202,38 @@ class RMSNorm(nn.Module):
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return (normed * (1.0 + self.weight.float())).type_as(x)
 
+    def added_to(self, base: Tensor, x: Tensor) -> Tensor:
+        """base + norm of x, both [..., D]."""
+        fused = elementwise.add_norm(base, x, self.weight, self.eps)
+        return base + self(x) if fused is None else fused
+
+
+def _recomputed(block: nn.Module) -> Callable[..., Tensor]:
+    """Activation checkpointing (arXiv 1604.06174)."""
+    from torch.utils.checkpoint import checkpoint  # takes a second to import, and only training needs it
+
+    return partial(checkpoint, block, use_reentrant=False)
+
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine float32 [B, T, 1, H/2] of positions [B, T] (arXiv 2104.09864)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, :, None, None].float() * (1.0 / theta**exponents)
+    angles = positions[:, :, None, None].float() * _frequencies(head_dim, theta, positions.device)
     return angles.cos(), angles.sin()
+
+
+@lru_cache
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """float32 [H/2], made on the CPU: at position 8000 the last bit of another power function would be seen."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return (1.0 / theta**exponents).to(device)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (i, i + H/2) of x [B, T, heads, H] by their angles, in float32. May reuse x."""
-    if elementwise.rotate_in_place(x, *rotation):
-        return x
+    fused = elementwise.rotated(x, *rotation)
+    if fused is not None:
+        return fused
     cos, sin = rotation
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)

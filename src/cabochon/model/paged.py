@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cabochon.model.attention import attention
 from cabochon.model.config import Gemma2Config
+from cabochon.model.kernels import cuda
 from cabochon.model.kernels.attend import attend_pages
 from cabochon.model.visibility import NOTHING, Visibility
 
@@ -43,7 +44,8 @@ class PagePool:
         self, config: Gemma2Config, pages: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.config, self.pages = config, pages
-        shape = (pages, config.num_kv_heads, PAGE, config.head_dim)
+        self.spare = pages  # one more, which nobody gets: where rows without a sequence put their keys
+        shape = (pages + 1, config.num_kv_heads, PAGE, config.head_dim)
         slots = range((config.num_layers + 1) // 2)  # layer 2i lies in local pages at slot i, 2i + 1 in global ones
         self.keys = [_zeros(shape, dtype, torch.device(device)) for _ in slots]
         self.values = [_zeros(shape, dtype, torch.device(device)) for _ in slots]
@@ -111,12 +113,14 @@ class PagedSequence:
     pool: PagePool
     length: int = 0  # positions whose keys and values are there
     blocks: dict[bool, list[int]] = field(default_factory=lambda: {True: [], False: []})
+    changes: int = 0  # how often pages came or went
 
     def reserve(self, length: int) -> None:
         """Take pages for all positions below `length`. Raises `OutOfPages`; what was taken by then is kept."""
         for pages in self.blocks.values():
             while len(pages) * PAGE < length:
                 pages.append(self.pool.take())
+                self.changes += 1
 
     def advance(self, length: int) -> None:
         """The first `length` positions are there and hold; what lies beyond, or behind the window, is let go."""
@@ -124,6 +128,7 @@ class PagedSequence:
         for pages in self.blocks.values():
             for page in pages[-(-length // PAGE) :]:
                 self.pool.give(page)
+                self.changes += 1
             del pages[-(-length // PAGE) :]
         # One page more than the window is kept, so that a few guessed tokens can still be taken back.
         local, passed = self.blocks[True], length - self.pool.config.sliding_window - PAGE
@@ -186,10 +191,16 @@ class PagedBatch:
     ) -> Tensor:
         """Store k and v [1, K, T, H] and mix for q [1, N, T, H] what each query's own sequence holds."""
         keys, values = self.pool.keys[layer // 2], self.pool.values[layer // 2]
-        keys[visible.written, :, self._offsets] = k[0].transpose(0, 1).to(keys.dtype)
-        values[visible.written, :, self._offsets] = v[0].transpose(0, 1).to(values.dtype)
-        rows = q[0].transpose(0, 1).contiguous()  # [T, N, H]
+        rows, k, v = (part[0].transpose(0, 1).contiguous() for part in (q, k, v))  # [T, heads, H]
         settings: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        if backend is None and cuda.usable(rows, k, v, keys):
+            from cabochon.model.kernels.cuda import attend as kernels
+
+            kernels.store(k, v, keys, values, visible.written, self._offsets)
+            where = (visible.pages, self._gpu_blocks, self.positions[0])
+            return kernels.attend(rows, keys, values, *where, window=visible.window, **settings)[None].transpose(1, 2)
+        keys[visible.written, :, self._offsets] = k.to(keys.dtype)
+        values[visible.written, :, self._offsets] = v.to(values.dtype)
         mixed = attend_pages(
             rows, keys, values, visible.pages, self._rows, self.positions[0], window=visible.window, **settings
         )
@@ -197,6 +208,22 @@ class PagedBatch:
             parts = [_attend_group(rows[g.part], keys, values, g, backend=backend, **settings) for g in visible.groups]
             mixed = torch.cat(parts)
         return mixed[None].transpose(1, 2)
+
+    @cached_property
+    def _gpu_blocks(self) -> Any:
+        """All queries in blocks for the kernel, see `kernels/cuda/attend.py`."""
+        from cabochon.model.kernels.cuda.attend import Blocks, queries_together
+
+        most = queries_together(self.pool.config.group_size, self.pool.keys[0].dtype)
+        starts = accumulate((s.count for s in self.segments), initial=0)
+        found = [
+            (row, token + done, min(most, s.count - done))
+            for row, (s, token) in enumerate(zip(self.segments, starts, strict=False))
+            for done in range(0, s.count, most)
+        ]
+        rows, tokens, counts = torch.tensor(found, dtype=torch.int32, device=self.positions.device).T.contiguous()
+        longest = max(s.start + s.count for s in self.segments)
+        return Blocks(rows, tokens, counts, max(count for *_, count in found), longest)
 
 
 @dataclass(frozen=True)
@@ -212,7 +239,8 @@ class _Sight:
     """Where one kind of layer finds and puts its keys: worked out once a step and used in every such layer."""
 
     def __init__(self, batch: PagedBatch, local: bool) -> None:
-        self.batch, self.local = batch, local
+        # Not the batch itself: a circle would keep the tensors of each step until Python looks for circles.
+        self.segments, self.positions, self.local = batch.segments, batch.positions, local
         self.window = batch.pool.config.sliding_window if local else None
         device = batch.positions.device
         blocks = [s.sequence.blocks[local] for s in batch.segments]
@@ -224,7 +252,7 @@ class _Sight:
     def groups(self) -> list[_Group]:
         """All segments, in order."""
         found, place = [], 0
-        for count, run in groupby(self.batch.segments, key=lambda s: s.count):
+        for count, run in groupby(self.segments, key=lambda s: s.count):
             segments = list(run)
             for some in [segments] if count == 1 else [[s] for s in segments]:
                 part, place = slice(place, place + count * len(some)), place + count * len(some)
@@ -233,7 +261,7 @@ class _Sight:
 
     def _group(self, segments: list[Segment], part: slice, count: int) -> _Group:
         """Pages from the first that the window of any segment reaches to the last."""
-        device = self.batch.positions.device
+        device = self.positions.device
         start, end = min(s.start for s in segments), max(s.start for s in segments) + count
         first = max(0, start - self.window + 1) // PAGE if self.window else 0
         table = _table([s.sequence.blocks[self.local][first : -(-end // PAGE)] for s in segments])
@@ -241,7 +269,7 @@ class _Sight:
         ends = torch.tensor([[s.start + count] for s in segments], device=device)
         # Behind its end a page holds nothing yet; what the window has passed is masked like any key outside it.
         keys = torch.where(columns < ends, columns, NOTHING)
-        queries = self.batch.positions[0, part].view(len(segments), count)
+        queries = self.positions[0, part].view(len(segments), count)
         pages = torch.tensor(table, device=device).clamp_min(0)
         return _Group(part, pages, Visibility(queries, keys, self.window))
 

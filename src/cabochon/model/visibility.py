@@ -15,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+RUNS_BLOCK = 256  # queries whose mask is looked at together
 NOTHING = -1  # the position of padding: seen by nobody, sees nothing
 
 
@@ -31,6 +32,7 @@ class Visibility:
     window: int | None
     query_documents: Tensor | None = None
     key_documents: Tensor | None = None
+    in_order: bool = False  # whether key j is known to lie at position j in every row
     _ranges: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def mask(self, queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
@@ -55,6 +57,25 @@ class Visibility:
             low, high = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 1)
             self._ranges[start, end] = (low, high)
         return self._ranges[start, end]
+
+    @cached_property
+    def runs(self) -> tuple[Tensor, Tensor] | None:
+        """First key column and the one behind the last that each query sees, int32 [B, T] each; equal: it sees none.
+
+        None when some query sees keys with others between them.
+        """
+        low, high = (torch.zeros_like(self.query_positions, dtype=torch.int32) for _ in range(2))
+        columns = torch.arange(self.key_positions.shape[1], dtype=torch.int32, device=low.device)
+        for start in range(0, low.shape[1], RUNS_BLOCK):
+            part = slice(start, start + RUNS_BLOCK)
+            begin, end = self.key_range(start, min(start + RUNS_BLOCK, low.shape[1]))
+            seen = self.mask(part, slice(begin, end))
+            here = columns[begin:end].expand_as(seen)
+            high[:, part] = torch.where(seen, here + 1, 0).amax(-1)
+            low[:, part] = torch.where(seen, here, high[:, part, None]).amin(-1)
+            if not torch.equal(seen.sum(-1), high[:, part] - low[:, part]):
+                return None
+        return low, high
 
     @cached_property
     def block_mask(self) -> "BlockMask":

@@ -18,6 +18,20 @@ from cabochon.text.tokenizer import Tokenizer
 
 _ALIASES = {"assistant": "model"}
 
+# The format in Jinja, for programs that read tokenizer_config.json. Nothing here does.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages and messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('Gemma 2 has no system role') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{% if role != ('user' if loop.index0 is even else 'model') %}"
+    "{{ raise_exception('roles have to alternate between user and model') }}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
 
 class Message(TypedDict):
     """One turn. `role` is "user", or "model" for which "assistant" may stand as well."""
@@ -97,14 +111,14 @@ def render_chat(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt:
 def _encode_turns(tokenizer: Tokenizer, messages: Iterable[Message]) -> tuple[list[int], list[bool]]:
     start, end = _turn_ids(tokenizer)
     line_end = tokenizer.encode("\n", bos=False)
+    header = tokenizer.encode("model\n", bos=False)
     ids, mask = [tokenizer.bos_id], [False]
     for message in messages:
         # Role and content are encoded together, as one text between two control pieces.
-        header = tokenizer.encode(f"{message['role']}\n", bos=False)
         text = tokenizer.encode(f"{message['role']}\n{message['content'].strip()}", bos=False)
         given = _common(header, text) if message["role"] == "model" else len(text) + 1
         ids += [start, *text, end, *line_end]
-        mask += [False, *(i >= given for i in range(len(text) + 1)), *(False for _ in line_end)]
+        mask += [False] * (1 + given) + [True] * (len(text) + 1 - given) + [False] * len(line_end)
     return ids, mask
 
 

@@ -27,8 +27,8 @@ typedef struct {
 /* Up to SHARED queries of one sequence and head: the positions each sees, and room for its scores. */
 typedef struct {
     int64_t first, count, head;
-    int64_t low[SHARED], high[SHARED]; /* seen are low <= j < high */
-    float *scores[SHARED];             /* [high - low], and padding to a whole register */
+    int64_t low[SHARED], high[SHARED]; /* seen are low <= j < high; the first sees furthest back, the last furthest on */
+    float *scores[SHARED];             /* [high of the last - low of the first], and padding to a whole register */
     float *q;                          /* [count, H] float32 */
 } Task;
 
@@ -47,29 +47,52 @@ AVX512 INLINE __m512 hyperbolic_tangent(__m512 x) {
                                                          _mm512_set1_epi32(0x80000000), 0xd8)); /* x's sign */
 }
 
-AVX512 INLINE int64_t at(const Attend *p, const Task *t, int64_t position) {
-    const int64_t page = p->pages[p->row[t->first] * p->stride + position / p->page];
-    return ((page * p->kv_heads + t->head / (p->heads / p->kv_heads)) * p->page + position % p->page) * p->size;
+/* Where the keys or values of a block of positions begin, for the head of a task. */
+AVX512 INLINE int64_t page_of(const Attend *p, const Task *t, int64_t block) {
+    const int64_t page = p->pages[p->row[t->first] * p->stride + block];
+    return (page * p->kv_heads + t->head / (p->heads / p->kv_heads)) * p->page * p->size;
 }
 
-/* scores[r][j - low[r]] = q_r . k_j. The first query of a task sees furthest back, the last furthest on. */
+/* The sums of 16 registers as one. Each is added up in the same order, whatever its place. */
+AVX512 INLINE __m512 sums(const __m512 x[16]) {
+    __m512 two[8], four[4], eight[2];
+    for (int i = 0; i < 8; i++)
+        two[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int i = 0; i < 2; i++)
+        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                                 _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+}
+
+/* scores[r][j] = q_r . k_j for j from low[0] to high[rows - 1], also where a query does not see: 16 products at once. */
 AVX512 INLINE void products(const int rows, const Attend *p, const Task *t) {
-    for (int64_t j = t->low[0]; j < t->high[rows - 1]; j++) {
-        const int64_t key = at(p, t, j);
-        __m512 sum[SHARED][2];
-        for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-        for (int64_t h = 0; h < p->size; h += 2 * LANES) {
-            const __m512 first = load(p->keys, key + h);
-            for (int r = 0; r < rows; r++)
-                sum[r][0] = _mm512_fmadd_ps(first, _mm512_loadu_ps(t->q + r * p->size + h), sum[r][0]);
-            if (h + LANES == p->size) break;
-            const __m512 second = load(p->keys, key + h + LANES);
-            for (int r = 0; r < rows; r++)
-                sum[r][1] = _mm512_fmadd_ps(second, _mm512_loadu_ps(t->q + r * p->size + h + LANES), sum[r][1]);
+    const int keys = 16 / rows; /* side by side */
+    const int64_t low = t->low[0], high = t->high[rows - 1];
+    for (int64_t j = low; j < high;) {
+        const int64_t block = j / p->page, next = (block + 1) * p->page, end = next < high ? next : high;
+        for (const int64_t first = page_of(p, t, block) - block * p->page * p->size; j < end; j += keys) {
+            __m512 sum[16];
+            int64_t key[16];
+            const int count = end - j < keys ? (int)(end - j) : keys;
+            for (int i = 0; i < keys; i++) key[i] = first + (j + (i < count ? i : 0)) * p->size;
+            for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
+            for (int64_t h = 0; h < p->size; h += LANES) {
+                __m512 q[SHARED];
+                for (int r = 0; r < rows; r++) q[r] = _mm512_loadu_ps(t->q + r * p->size + h);
+                for (int i = 0; i < keys; i++) {
+                    const __m512 k = load(p->keys, key[i] + h);
+                    for (int r = 0; r < rows; r++) sum[r * keys + i] = _mm512_fmadd_ps(k, q[r], sum[r * keys + i]);
+                }
+            }
+            float found[16];
+            _mm512_storeu_ps(found, sums(sum));
+            for (int r = 0; r < rows; r++) memcpy(t->scores[r] + j - low, found + r * keys, count * sizeof(float));
         }
-        for (int r = 0; r < rows; r++)
-            if (t->low[r] <= j && j < t->high[r])
-                t->scores[r][j - t->low[r]] = _mm512_reduce_add_ps(_mm512_add_ps(sum[r][0], sum[r][1]));
+        j = end;
     }
 }
 
@@ -96,20 +119,22 @@ AVX512 static float weigh(const Attend *p, float *scores, int64_t count) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* out = sum of weights[j - low] * v_j / total, `parts` registers of every query's head from `start` on. */
+/* out = sum of weights[j] * v_j / total, `parts` registers of every query's head from `start` on. */
 AVX512 INLINE void mix(const int rows, const int parts, const Attend *p, const Task *t, const float *total,
                        int64_t start) {
+    const int64_t low = t->low[0], high = t->high[rows - 1];
     __m512 sum[SHARED][16];
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < parts; i++) sum[r][i] = _mm512_setzero_ps();
-    for (int64_t j = t->low[0]; j < t->high[rows - 1]; j++) {
-        const int64_t value = at(p, t, j) + start;
-        __m512 weight[SHARED];
-        for (int r = 0; r < rows; r++) /* 0 adds nothing, to the bit */
-            weight[r] = _mm512_set1_ps(t->low[r] <= j && j < t->high[r] ? t->scores[r][j - t->low[r]] : 0.0f);
-        for (int i = 0; i < parts; i++) {
-            const __m512 v = load(p->values, value + i * LANES);
-            for (int r = 0; r < rows; r++) sum[r][i] = _mm512_fmadd_ps(v, weight[r], sum[r][i]);
+    for (int64_t j = low; j < high;) {
+        const int64_t block = j / p->page, next = (block + 1) * p->page, end = next < high ? next : high;
+        for (const int64_t first = page_of(p, t, block) - block * p->page * p->size + start; j < end; j++) {
+            __m512 weight[SHARED];
+            for (int r = 0; r < rows; r++) weight[r] = _mm512_set1_ps(t->scores[r][j - low]);
+            for (int i = 0; i < parts; i++) {
+                const __m512 v = load(p->values, first + j * p->size + i * LANES);
+                for (int r = 0; r < rows; r++) sum[r][i] = _mm512_fmadd_ps(v, weight[r], sum[r][i]);
+            }
         }
     }
     for (int r = 0; r < rows; r++)
@@ -121,9 +146,15 @@ AVX512 INLINE void mix(const int rows, const int parts, const Attend *p, const T
 /* As many registers of sums as there are: 16 for one query, 4 for each of four. */
 AVX512 INLINE void attend(const int rows, const Attend *p, const Task *t) {
     const int parts = rows == 1 ? 16 : rows == 2 ? 8 : 4;
+    const int64_t low = t->low[0], all = t->high[rows - 1] - low;
     float total[SHARED];
     products(rows, p, t);
-    for (int r = 0; r < rows; r++) total[r] = weigh(p, t->scores[r], t->high[r] - t->low[r]);
+    for (int r = 0; r < rows; r++) { /* what a query does not see weighs 0, which adds nothing, to the bit */
+        const int64_t before = t->low[r] - low, end = t->high[r] - low;
+        total[r] = weigh(p, t->scores[r] + before, end - before);
+        memset(t->scores[r], 0, before * sizeof(float));
+        if (all > end) memset(t->scores[r] + end, 0, (all - end) * sizeof(float));
+    }
     int64_t start = 0;
     for (; start + parts * LANES <= p->size; start += parts * LANES) mix(rows, parts, p, t, total, start);
     for (; start < p->size; start += LANES) mix(rows, 1, p, t, total, start);
@@ -134,9 +165,9 @@ AVX512 static void run(const Attend *p, Task *t, float *scratch, int64_t longest
         const int64_t query = t->first + r;
         t->high[r] = p->position[query] + 1;
         t->low[r] = p->window && t->high[r] > p->window ? t->high[r] - p->window : 0;
-        t->scores[r] = scratch + r * (longest + LANES);
+        t->scores[r] = scratch + r * (longest + SHARED + LANES);
     }
-    t->q = scratch + SHARED * (longest + LANES);
+    t->q = scratch + SHARED * (longest + SHARED + LANES);
     for (int64_t r = 0; r < t->count; r++)
         for (int64_t h = 0; h < p->size; h += LANES)
             _mm512_storeu_ps(t->q + r * p->size + h,
@@ -162,7 +193,7 @@ EXPORT int cabochon_attend(const Attend *p) {
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
-        float *scratch = malloc(SHARED * (longest + LANES + p->size) * sizeof *scratch);
+        float *scratch = malloc(SHARED * (longest + SHARED + LANES + p->size) * sizeof *scratch);
         failed = !scratch;
         /* Heads with the same keys are neighbours: the second finds them in the cache. */
 #pragma omp for schedule(dynamic, p->heads / p->kv_heads)

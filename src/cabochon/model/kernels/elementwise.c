@@ -22,8 +22,9 @@ AVX512 EXPORT void cabochon_rms_norm(Floats x, Floats weight, Floats out, int64_
     }
 }
 
-/* In place: the pairs (i, i + H/2) of x [rows, heads, H] turned by cos, sin float32 [rows, H/2]; H a multiple of 32. */
-AVX512 EXPORT void cabochon_rotate(Floats x, const float *cosine, const float *sine, int64_t rows, int64_t heads,
+/* The pairs (i, i + H/2) of x [rows, heads, H] turned by cos, sin float32 [rows, H/2]; H a multiple of 32. out may be
+   x. */
+AVX512 EXPORT void cabochon_rotate(Floats x, Floats out, const float *cosine, const float *sine, int64_t rows, int64_t heads,
                                    int64_t size) {
     const int64_t half = size / 2;
 #pragma omp parallel for schedule(static) if (rows * heads * size > 65536)
@@ -33,8 +34,8 @@ AVX512 EXPORT void cabochon_rotate(Floats x, const float *cosine, const float *s
                 const int64_t first = (row * heads + head) * size + i;
                 const __m512 c = _mm512_loadu_ps(cosine + row * half + i), s = _mm512_loadu_ps(sine + row * half + i);
                 const __m512 a = load(x, first), b = load(x, first + half);
-                store(x, first, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-                store(x, first + half, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+                store(out, first, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+                store(out, first + half, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
             }
 }
 

@@ -22,16 +22,6 @@ typedef struct {
 
 enum { FORWARD_KL, REVERSE_KL, JENSEN_SHANNON, TOTAL_VARIATION };
 
-/* 2^y, to 2e-7: a polynomial (minimax, relative) on the part of y above its floor. NaN stays NaN. */
-AVX512 INLINE __m512 power_of_two(__m512 y) {
-    y = _mm512_max_ps(_mm512_set1_ps(-126), y);
-    const __m512 r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF);
-    const float terms[] = {8.98933969e-3f, 5.58263175e-2f, 0.240153611f, 0.693153083f, 0.99999994f};
-    __m512 p = _mm512_set1_ps(1.87757669e-3f);
-    for (int i = 0; i < 5; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(terms[i]));
-    return _mm512_scalef_ps(p, y);
-}
-
 /* Logarithm to base 2 of positive x: x = m 2^k with m from 0.75 to 1.5, ln m = 2 atanh((m - 1) / (m + 1)). */
 AVX512 INLINE __m512 bits_of(__m512 x) {
     const __m512 one = _mm512_set1_ps(1);
@@ -43,12 +33,6 @@ AVX512 INLINE __m512 bits_of(__m512 x) {
     const float terms[] = {2.0f / 7 * LOG2_E, 2.0f / 5 * LOG2_E, 2.0f / 3 * LOG2_E, 2.0f * LOG2_E};
     for (int i = 0; i < 4; i++) p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(terms[i]));
     return _mm512_fmadd_ps(p, s, k);
-}
-
-/* 1 / x to float32: the processor's estimate and one step of Newton's method. */
-AVX512 INLINE __m512 reciprocal(__m512 x) {
-    const __m512 y = _mm512_rcp14_ps(x);
-    return _mm512_mul_ps(y, _mm512_fnmadd_ps(x, y, _mm512_set1_ps(2)));
 }
 
 /* z in bits less `below`, and if asked for the slope dz/dr, z in nats.
@@ -93,7 +77,7 @@ AVX512 INLINE float normaliser_of_row(Floats raw, int64_t from, int64_t v, Trans
 
 /* out [C] = log of the sum of exp(z) over a row, in nats; V a multiple of 16. */
 AVX512 EXPORT void cabochon_log_normaliser(Floats raw, float *out, int64_t c, int64_t v, float cap, float scale) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (c > 1)
     for (int64_t row = 0; row < c; row++) out[row] = LN_2 * normaliser_of_row(raw, row * v, v, (Transform){cap, scale});
 }
 
@@ -216,4 +200,41 @@ AVX512 EXPORT void cabochon_divergence(const Divergence *d) {
             case JENSEN_SHANNON: divergence_of_row(JENSEN_SHANNON, d, row); break;
             default: divergence_of_row(TOTAL_VARIATION, d, row);
         }
+}
+
+typedef struct {
+    Floats ours, theirs;   /* raw logits [C, V] */
+    const int64_t *target; /* [C] */
+    float *out;            /* [4, C] in nats: log p and log q of the target, the entropy of p, KL(p | q) */
+    int64_t c, v;          /* V a multiple of 16 */
+    float cap, scale;
+} Comparison;
+
+AVX512 INLINE float logprob(Floats raw, int64_t i, Transform f, __m512 below) {
+    const __m512 r = load_some(raw, i, 1);
+    return LN_2 * _mm512_cvtss_f32(transformed(r, f, below, NULL));
+}
+
+AVX512 INLINE void compare_row(const Comparison *a, int64_t row) {
+    const Transform f = {a->cap, a->scale};
+    const int64_t from = row * a->v, at = from + a->target[row];
+    const __m512 below_p = _mm512_set1_ps(normaliser_of_row(a->ours, from, a->v, f));
+    const __m512 below_q = _mm512_set1_ps(normaliser_of_row(a->theirs, from, a->v, f));
+    __m512 entropy = _mm512_setzero_ps(), kl = _mm512_setzero_ps();
+    for (int64_t i = from; i < from + a->v; i += LANES) {
+        const __m512 log_p = transformed(load(a->ours, i), f, below_p, NULL), p = power_of_two(log_p);
+        const __m512 log_q = transformed(load(a->theirs, i), f, below_q, NULL);
+        entropy = _mm512_fnmadd_ps(p, log_p, entropy);
+        kl = _mm512_fmadd_ps(p, _mm512_sub_ps(log_p, log_q), kl);
+    }
+    a->out[row] = logprob(a->ours, at, f, below_p);
+    a->out[a->c + row] = logprob(a->theirs, at, f, below_q);
+    a->out[2 * a->c + row] = LN_2 * _mm512_reduce_add_ps(entropy);
+    a->out[3 * a->c + row] = LN_2 * _mm512_reduce_add_ps(kl);
+}
+
+/* Two distributions beside each other, row by row. */
+AVX512 EXPORT void cabochon_compare(const Comparison *a) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t row = 0; row < a->c; row++) compare_row(a, row);
 }

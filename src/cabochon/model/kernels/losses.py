@@ -30,6 +30,19 @@ class _Divergence(ctypes.Structure):
     )
 
 
+class _Comparison(ctypes.Structure):
+    _fields_ = (
+        ("ours", Floats),
+        ("theirs", Floats),
+        ("target", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("c", ctypes.c_int64),
+        ("v", ctypes.c_int64),
+        ("cap", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
 def log_normaliser(raw: Tensor, soft_cap: float | None, temperature: float) -> Tensor | None:
     """log of the sum of exp(z) over each row, after soft cap and temperature; None: not done."""
     native, (rows, size) = usable(raw), raw.shape
@@ -98,3 +111,19 @@ def divergence_in_place(
     )  # fmt: skip
     native.cabochon_divergence(ctypes.addressof(problem))
     return values
+
+
+def compared(raw: Tensor, other: Tensor, targets: Tensor, soft_cap: float | None, temperature: float) -> Tensor | None:
+    """float32 [4, C]: log-probabilities of targets int64 [C] by both, entropy of the first, its KL from the other.
+
+    None: not done.
+    """
+    native, (rows, size) = usable(raw, other), raw.shape
+    if native is None or size % LANES:
+        return None
+    out, targets = raw.new_empty(4, rows, dtype=torch.float32), targets.contiguous()
+    call = _Comparison(
+        floats(raw), floats(other), targets.data_ptr(), out.data_ptr(), rows, size, soft_cap or 0.0, 1 / temperature
+    )
+    native.cabochon_compare(ctypes.addressof(call))
+    return out

@@ -16,6 +16,14 @@
 
 #include "kernels.h"
 
+typedef struct {
+    const int8_t *a;      /* [M, K] activations */
+    const float *a_scale; /* [M, G] */
+    const int32_t *a_sum; /* [M, G] sums of a over a group */
+    QWeight w;
+    Floats out; /* [M, N] */
+    int64_t m;
+} QMatmul;
 
 /* Four rows times four tiles: 16 integer accumulators and what feeds them fit the 32 registers, one row alone has
    enough sums under way to hide their latency, and a step loads 8 times for 16 products. */
@@ -95,7 +103,7 @@ AVX512 INLINE void block(const int rows, const int tiles, const int bits, const 
         for (int r = 0; r < rows; r++) {
             __m512 x = total[r][t];
             if (bits == 8) x = _mm512_mul_ps(x, _mm512_loadu_ps(p->w.scale + channel));
-            _mm512_mask_storeu_ps(p->out + (row + r) * p->w.n + channel, mask, x);
+            store_some(p->out, (row + r) * p->w.n + channel, x, mask);
         }
     }
 }
@@ -140,20 +148,15 @@ AVX512 static void qmatmul(const QMatmul *p) {
     }
 }
 
-/* float32 x [M, K] to int8 with one scale per row and group; also the sums that zero points need. */
-AVX512 EXPORT void cabochon_quantize_rows(const float *x, int64_t m, int64_t k, int64_t group, int8_t *a, float *scale,
-                                          int32_t *sum) {
+/* x [M, K] to int8 with one scale per row and group; also the sums that zero points need. */
+AVX512 static void quantize_rows(Floats x, int64_t m, int64_t k, int64_t group, int8_t *a, float *scale, int32_t *sum) {
 #pragma omp parallel for schedule(static) if (m * k > 65536)
     for (int64_t i = 0; i < m * (k / group); i++) {
-        const float *from = x + i * group;
-        __m512 largest = _mm512_setzero_ps();
-        for (int64_t j = 0; j < group; j += LANES)
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(from + j)));
-        const float top = _mm512_reduce_max_ps(largest);
-        const __m512 factor = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
+        const float top = magnitude(x, i * group, group);
+        const __m512 factor = _mm512_set1_ps(to_int8(top));
         __m512i total = _mm512_setzero_si512();
         for (int64_t j = 0; j < group; j += LANES) {
-            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + j), factor));
+            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(x, i * group + j), factor));
             total = _mm512_add_epi32(total, q);
             _mm_storeu_si128((void *)(a + i * group + j), _mm512_cvtsepi32_epi8(q));
         }
@@ -162,16 +165,82 @@ AVX512 EXPORT void cabochon_quantize_rows(const float *x, int64_t m, int64_t k, 
     }
 }
 
-/* out [M, N] = x [M, K] w^T, the activations quantised on the way. Returns 0, or 1 when there is no memory. */
-EXPORT int cabochon_qlinear(const QWeight *w, const float *x, int64_t m, float *out) {
-    const int64_t groups = m * (w->k / w->group);
-    int8_t *scratch = malloc(m * w->k + groups * 8);
+#define AMX_ROWS 13 /* from here on, where there is one, the matrix unit is faster; the bits are the same */
+
+/* out[i] [M, N_i] = x [M, K] times each of `count` transposed matrices of one K, group and width in bits. The activations
+   are quantised on the way, once. Returns 0, or 1 when there is no memory. */
+EXPORT int cabochon_qlinear(const QWeight *const *w, int64_t count, Floats x, int64_t m, const Floats *out) {
+    if (m >= AMX_ROWS && amx_fits(w[0]) && amx_usable()) return amx_matmul(w, count, x, m, out);
+    const int64_t k = w[0]->k, groups = m * (k / w[0]->group);
+    int8_t *scratch = malloc(m * k + groups * 8);
     if (!scratch) return 1;
-    float *scale = (float *)(scratch + m * w->k); /* aligned: k is a multiple of the group, which is one of 16 */
+    float *scale = (float *)(scratch + m * k); /* aligned: k is a multiple of the group, which is one of 16 */
     int32_t *sum = (int32_t *)(scale + groups);
-    cabochon_quantize_rows(x, m, w->k, w->group, scratch, scale, sum);
-    const QMatmul product = {scratch, scale, sum, *w, out, m};
-    qmatmul(&product);
+    quantize_rows(x, m, k, w[0]->group, scratch, scale, sum);
+    for (int64_t i = 0; i < count; i++) {
+        const QMatmul product = {scratch, scale, sum, *w[i], out[i], m};
+        qmatmul(&product);
+    }
     free(scratch);
     return 0;
+}
+
+/* 16 channels of 16 consecutive k: each of the four rows holds 4 of them for all channels, and gets, in its 128-bit
+   part l, all 16 of channel 4 l + row. */
+AVX512 INLINE void by_channel(__m512i row[4]) {
+    const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]), b = _mm512_unpackhi_epi32(row[0], row[1]);
+    const __m512i c = _mm512_unpacklo_epi32(row[2], row[3]), d = _mm512_unpackhi_epi32(row[2], row[3]);
+    row[0] = _mm512_unpacklo_epi64(a, c);
+    row[1] = _mm512_unpackhi_epi64(a, c);
+    row[2] = _mm512_unpacklo_epi64(b, d);
+    row[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+/* 16 columns of one tile, from k on, as floats; `out` begins with channel `first`. The last columns may be padding. */
+AVX512 INLINE void floats_of_tile(const QWeight *w, Floats out, int64_t columns, int64_t first, int64_t end, int64_t tile,
+                                  int64_t k, __m512i row[4]) {
+    const int64_t at = (tile * (w->k / w->group) + k / w->group) * LANES;
+    float scale[LANES], zero[LANES], values[LANES];
+    for (int c = 0; c < LANES; c++) zero[c] = w->bits == 8 ? 128 : w->zero[at + c];
+    _mm512_storeu_ps(scale, w->bits == 8 ? _mm512_loadu_ps(w->scale + tile * LANES) : widen_half(w->half + at));
+    by_channel(row);
+    for (int j = 0; j < 4; j++) {
+        __m128i part[4];
+        _mm512_storeu_si512(part, row[j]);
+        for (int l = 0; l < 4; l++) {
+            const int64_t c = 4 * l + j, channel = tile * LANES + c, to = (channel - first) * columns + k;
+            if (channel >= end) continue;
+            const __m512 q = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part[l])), _mm512_set1_ps(zero[c]));
+            const __m512 x = _mm512_mul_ps(q, _mm512_set1_ps(scale[c]));
+            if (k + LANES <= columns) {
+                store(out, to, x);
+                continue;
+            }
+            _mm512_storeu_ps(values, x);
+            for (int64_t i = 0; i < columns - k; i++) {
+                if (out.is_bf16)
+                    ((uint16_t *)out.data)[to + i] = round_bf16(values[i]);
+                else
+                    ((float *)out.data)[to + i] = values[i];
+            }
+        }
+    }
+}
+
+/* out [end - first, columns] = channels of the matrix as floats, `first` being one of 16; `columns` of K are no padding. */
+AVX512 EXPORT void cabochon_dequantize(const QWeight *w, Floats out, int64_t columns, int64_t first, int64_t end) {
+    const __m512i low_bits = _mm512_set1_epi8(15);
+#pragma omp parallel for schedule(static)
+    for (int64_t tile = first / LANES; tile < (end + LANES - 1) / LANES; tile++) {
+        const uint8_t *from = w->weight + tile * LANES * w->k * w->bits / 8;
+        for (int64_t k = 0; k < columns; k += LANES) {
+            __m512i row[4];
+            for (int j = 0; j < 4; j++) {
+                const __m512i values = _mm512_loadu_si512(from + 64 * (w->bits == 8 ? j : j / 2));
+                row[j] = w->bits == 8 ? values : _mm512_and_si512(j % 2 ? _mm512_srli_epi16(values, 4) : values, low_bits);
+            }
+            from += 64 * w->bits / 2;
+            floats_of_tile(w, out, columns, first, end, tile, k, row);
+        }
+    }
 }
