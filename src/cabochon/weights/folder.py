@@ -6,7 +6,7 @@ verify (headers only) -> does it fit -> map the files -> tensor by tensor into t
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import torch
 from cabochon.base.errors import BadInput, MissingResource, UsageError
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
+from cabochon.weights.adapted import AdaptedReader
+from cabochon.weights.adapters import read_adapter
 from cabochon.weights.fit import refuse_too_large
 from cabochon.weights.quantize import rounded, use_lossless_layers, use_packed_layers
 from cabochon.weights.read import TORCH, Reader
@@ -36,6 +38,8 @@ def load_model(
     device: str | torch.device = "cpu",
     softcap: bool = True,
     check_memory: bool = True,
+    adapter: Path | None = None,
+    kind: type[Gemma2] = Gemma2,
 ) -> Gemma2:
     """The model in a folder. Float weights may be trained in place; the files are never written to.
 
@@ -49,15 +53,23 @@ def load_model(
         device: where the weights go.
         softcap: False leaves the cap on attention scores out: another model, for inference only.
         check_memory: False tries to load a model that is larger than the free memory.
+        adapter: a folder with an adapter in PEFT's format, put into the weights before they are rounded.
+        kind: `ScoredGemma2` for a reward model, in floats.
 
     Raises:
         MissingResource: a file, the device or the memory is not there.
         BadInput: the folder does not hold a sound Gemma 2 model; the cause names the tensors.
         UsageError: float16 was asked for, or the stored weights cannot become what was asked for.
     """
-    checked = verify(folder)
+    checked = verify(folder, scored=kind is not Gemma2)
+    if adapter and checked.scheme:
+        raise UsageError(
+            f"no adapter can be put on {folder}",
+            f"its weights are quantised: {checked.scheme}",
+            "put it on the float model that these were made from; --weights int8 or int4 quantises while loading",
+        )
     form = _form(folder, checked, dtype, weights, group)
-    where = _usable_device(device)
+    where = usable_device(device)
     if form.lossless and where.type != "cpu":
         raise UsageError(
             f"{folder} cannot be loaded with lossless weights on {where}",
@@ -68,24 +80,30 @@ def load_model(
     if check_memory:
         refuse_too_large(folder, config, str(form), form.nbytes(config), str(where))
     with torch.device("meta"):
-        model = Gemma2(config)
+        model = kind(config)
         if form.scheme:
             use_packed_layers(model, form.scheme)
     with _explained(folder):
-        reader = Reader(checked)
-        if checked.scheme:
-            tensors = {name: reader.packed(name, where) for name in reader.names()}
-        elif form.scheme:
-            tensors = {name: tensor.to(where) for name, tensor in rounded(reader, config, form.scheme)}
-        elif form.lossless:
-            use_lossless_layers(model, reader)
-            norms = (name for name in reader.names() if "norm" in name)
-            tensors = model.state_dict() | {name: reader.load(name, form.dtype, where) for name in norms}
-        else:
-            tensors = {name: reader.load(name, form.dtype, where) for name in reader.names()}
+        reader = AdaptedReader(checked, read_adapter(adapter, config)) if adapter else Reader(checked)
+        tensors = _tensors(reader, model, form, where, packed=checked.scheme is not None)
         reader.check_tied_head()
         model.load_state_dict(tensors, assign=True)
     return model
+
+
+def _tensors(
+    reader: Reader, model: Gemma2, form: "_Form", where: torch.device, *, packed: bool
+) -> Mapping[str, torch.Tensor]:
+    """All values of a model in the form that was asked for. `packed`: the folder has them so."""
+    if packed:
+        return {name: reader.packed(name, where) for name in reader.names()}
+    if form.scheme:
+        return {name: tensor.to(where) for name, tensor in rounded(reader, model.config, form.scheme)}
+    if form.lossless:
+        use_lossless_layers(model, reader)
+        norms = (name for name in reader.names() if "norm" in name)
+        return model.state_dict() | {name: reader.load(name, form.dtype, where) for name in norms}
+    return {name: reader.load(name, form.dtype, where) for name in reader.names()}
 
 
 @dataclass(frozen=True)
@@ -184,11 +202,12 @@ def _refuse_float16(folder: Path, dtype: torch.dtype, *, asked: bool) -> None:
     raise BadInput(f"{folder} is stored in {name} and cannot run in it", cause, hint)
 
 
-def _usable_device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of a name, once it has held something. Raises `MissingResource` when it cannot."""
     try:
         found = torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=found).cpu()  # "meta" gives nothing back
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise MissingResource(
             f"device {str(device)!r} cannot be used",
             str(error).splitlines()[0] if str(error) else "torch does not have it",

@@ -20,6 +20,7 @@ WELL_KNOWN = tuple(f"google/gemma-2-{size}" for size in ("2b", "2b-it", "2b-jpn-
 REPO_ID = re.compile(r"(?!.*(--|\.\.))(?=.{3,96}$)\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])(?<!\.git)", re.ASCII)
 SMALL_FILES = ["*.json", "tokenizer.model"]
 BUILT_IN = "(built in)"
+BUILT_IN_ID = "cabochon/tiny"  # what the model inside is called where a name is needed, as by an adapter
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def resolve(
     """The folder of a model, fetched from the Hugging Face Hub when it has to be.
 
     Args:
-        name: None is the model that ships inside; a folder is itself, also when its name looks like a Hub id;
-            anything else is an id such as "google/gemma-2-2b-it".
+        name: None or "cabochon/tiny" is the model that ships inside; a folder is itself, also when its name looks like
+            a Hub id; anything else is an id such as "google/gemma-2-2b-it".
         revision: branch, tag or commit on the Hub.
         token: access token; None uses the one that is stored on this machine, if any.
         offline: use only what is already on this machine.
@@ -60,11 +61,24 @@ def resolve(
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own fails for an unknown ~user
     if str(name) and os.path.isdir(folder):  # noqa: PTH112 - Path's own fails for impossible names
         return folder
+    if name == BUILT_IN_ID:
+        return built_in()
     repo = _repo_id(name)
     folder = _fetch(repo, revision, token, offline, SMALL_FILES + ["*.safetensors"] * weights)
     if weights and not any(folder.glob("*.safetensors")):
         raise _without_weights(repo, offline)
     return folder
+
+
+def adapter_folder(
+    name: str | Path, revision: str | None = None, *, token: str | None = None, offline: bool = False
+) -> Path:
+    """The folder of an adapter, fetched from the Hub when it has to be. Raises as `resolve`."""
+    if not os.path.isdir(os.path.expanduser(name)) and not REPO_ID.fullmatch(str(name)):  # noqa: PTH111, PTH112 - as above
+        raise MissingResource(
+            f"no adapter in {name}", "there is no such folder, and it is not a Hub id, which is owner/name", "check it"
+        )
+    return resolve(name, revision=revision, token=token, offline=offline)
 
 
 def built_in() -> Path:

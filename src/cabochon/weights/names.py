@@ -25,6 +25,7 @@ _PER_LAYER = {
     "mlp.down.weight": ("mlp.down_proj.weight", "DF"),
     "post_mlp_norm.weight": ("post_feedforward_layernorm.weight", "D"),
 }
+SCORE = "score.weight"  # the head [1, D] of a reward model, called so on both sides
 # What a quantised matrix has beside its weight; in folders the weight's own name leads, as others write it, too.
 _PACKED = {"scale": "weight_scale", "zero": "weight_zero_point"}
 TIED_HEAD = "lm_head.weight"  # a copy of the embedding that some folders hold, under its Hugging Face name
@@ -38,6 +39,7 @@ _TO_HF |= {
     if len(letters) == 2
     for mine, other in _PACKED.items()
 }
+_TO_HF[SCORE] = SCORE
 _FROM_HF = {theirs: ours for ours, theirs in _TO_HF.items()}
 _OUR_LAYER = re.compile(r"layers\.(\d+)\.(.+)", re.ASCII)
 _THEIR_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.ASCII)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from cabochon.base.errors import UsageError
 from cabochon.model.config import Gemma2Config
+from cabochon.model.kernels.native import LANES
 from cabochon.model.linear import PackedWeight, QuantEmbedding, Quantized, QuantLinear, quantize
 from cabochon.model.lossless import LosslessEmbedding, LosslessLinear, high_bytes
 from cabochon.weights.names import shapes, to_hf
-from cabochon.weights.read import TORCH, Reader
+from cabochon.weights.read import PIECE, TORCH, Reader
 from cabochon.weights.save import SHARD_BYTES, Entry, write_folder
 from cabochon.weights.scheme import Packed, Scheme, layout
 from cabochon.weights.verify import verify
@@ -39,6 +40,30 @@ def use_packed_layers(model: nn.Module, scheme: Scheme) -> None:
             packed = kind(rows, columns, scheme.bits_of(name), scheme.group)
             packed.method = scheme.method
             model.set_submodule(name, packed)
+
+
+def quantize_layers(model: nn.Module, bits: int, group: int = 0, *, embedding: bool = False) -> None:
+    """Round the linear layers of a float model to 8 or 4 bits, in place, one after the other.
+
+    The embedding, which is also the head, stays as it is unless `embedding`: adapters are trained beside weights like
+    these (QLoRA, arXiv 2305.14314). Norms always stay. Raises `UsageError` for numbers that there are no kernels for.
+
+    Args:
+        model: on any device. A quantised layer is left alone.
+        bits: 8 or 4.
+        group: input channels that share a scale; 0: 128 for 8 bits, 64 for 4.
+    """
+    scheme = Scheme(bits, group)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) or (embedding and isinstance(module, nn.Embedding)):
+            rows, columns = module.weight.shape
+            kind = QuantLinear if isinstance(module, nn.Linear) else QuantEmbedding
+            with torch.no_grad(), module.weight.device:
+                pieces = module.weight.split(max(1, PIECE // columns // LANES) * LANES)
+                packed = filled(
+                    kind(rows, columns, bits, scheme.group), (quantize(p, bits, scheme.group) for p in pieces)
+                )
+            model.set_submodule(name, packed.train(module.training))
 
 
 def use_lossless_layers(model: nn.Module, reader: Reader) -> None:

@@ -20,17 +20,29 @@ from cabochon.base.errors import MissingResource, UsageError
 from cabochon.base.files import atomic_folder
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
-from cabochon.model.linear import PackedWeight
+from cabochon.model.linear import PackedWeight, QuantLinear
+from cabochon.model.lora import LoraLinear
 from cabochon.model.lossless import LosslessWeight
-from cabochon.weights.names import to_hf
+from cabochon.weights.names import SCORE, to_hf
 from cabochon.weights.scheme import KEY, Scheme
 from cabochon.weights.verify import CONFIG, INDEX, SINGLE
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
 PIECE = 2**22  # elements converted and written at once
+SCORED = {  # in config.json, when there is a score: a classifier with one label, whose value is what it is
+    "architectures": ["Gemma2ForSequenceClassification"],
+    "id2label": {"0": "reward"},
+    "label2id": {"reward": 0},
+}
 _FLOATS = (torch.bfloat16, torch.float32)  # what float weights are saved in
-_SAFETENSORS = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
+_SAFETENSORS = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    whole: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write a model as a folder, whole or not at all.
 
@@ -64,12 +77,14 @@ def save_model(
         tokenizer_files: file name to content, written unchanged beside the weights.
         dtype: bfloat16 or float32; None keeps the embedding's. A quantised model is saved as it is.
         shard_bytes: the most bytes of weights in one file (a single tensor may be larger).
+        whole: gives a parameter by its name, where this process has only a part of each.
 
     Raises:
         UsageError: the folder exists and is in use, or the dtype cannot be stored.
         MissingResource: no space or no permission. Nothing is left behind.
     """
     scheme = scheme_of(model)
+    _check_layers(model, folder, scheme)
     if scheme and dtype:
         raise UsageError(
             f"{folder} was not written",
@@ -78,7 +93,7 @@ def save_model(
         )
     packed = {name: m for name, m in model.named_modules() if isinstance(m, LosslessWeight)}
     entries = [
-        Entry(to_hf(name), tuple(tensor.shape), partial(_pieces, tensor), tensor.dtype if scheme else None)
+        Entry(to_hf(name), tuple(tensor.shape), _values(name, tensor, whole), tensor.dtype if scheme else None)
         for name, tensor in model.state_dict().items()
         if name.rpartition(".")[0] not in packed
     ]
@@ -95,6 +110,20 @@ def save_model(
         shard_bytes=shard_bytes,
         overwrite=overwrite,
     )
+
+
+def _check_layers(model: Gemma2, folder: Path, scheme: Scheme | None) -> None:
+    """Refuse models that there is no folder for."""
+    kinds = {type(module) for module in model.modules()}
+    cause = "it has adapters" if LoraLinear in kinds else ""
+    if QuantLinear in kinds and scheme is None:
+        cause = cause or "its layers are quantised and its embedding is not"
+    if cause:
+        raise UsageError(
+            f"{folder} was not written",
+            f"no model folder can hold this model: {cause}",
+            "save the adapters (weights/adapters.py), or make it plain first (`merge` in model/lora.py)",
+        )
 
 
 def scheme_of(model: Gemma2) -> Scheme | None:
@@ -143,10 +172,12 @@ def write_folder(
         ) from None
 
 
-def write_safetensors(file: BinaryIO, entries: Iterable[Entry], dtype: torch.dtype) -> None:
-    """One safetensors file (the format is described in `header.py`)."""
+def write_safetensors(
+    file: BinaryIO, entries: Iterable[Entry], dtype: torch.dtype, metadata: Mapping[str, str] | None = None
+) -> None:
+    """One safetensors file (the format is described in `header.py`); `metadata` goes into its header."""
     entries = list(entries)
-    file.write(file_header(entries, dtype))
+    file.write(file_header(entries, dtype, metadata))
     for entry in entries:
         written = 0
         for piece in entry.pieces():
@@ -155,9 +186,9 @@ def write_safetensors(file: BinaryIO, entries: Iterable[Entry], dtype: torch.dty
         assert written == entry.nbytes(dtype), entry.name
 
 
-def file_header(entries: Iterable[Entry], dtype: torch.dtype) -> bytes:
+def file_header(entries: Iterable[Entry], dtype: torch.dtype, metadata: Mapping[str, str] | None = None) -> bytes:
     """What leads a safetensors file; the tensors follow in order, without a gap. Their data is aligned to 64 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}  # transformers asks for a format
     end = 0
     for entry in entries:
         begin, end = end, end + entry.nbytes(dtype)
@@ -171,8 +202,13 @@ def file_header(entries: Iterable[Entry], dtype: torch.dtype) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _pieces(parameter: Tensor) -> Iterator[Tensor]:
-    yield from parameter.detach().reshape(-1).split(PIECE)
+def _values(name: str, tensor: Tensor, whole: Callable[[str], Tensor] | None) -> Callable[[], Iterator[Tensor]]:
+    return lambda: flat_pieces(tensor if whole is None else whole(name))
+
+
+def flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor as flat pieces of a size that is converted at once."""
+    yield from tensor.detach().reshape(-1).split(PIECE)
 
 
 def _unpacked(matrix: LosslessWeight) -> Iterator[Tensor]:
@@ -200,6 +236,8 @@ def write_documents(
 ) -> None:
     """The files beside the weights: the configurations, and the index when there are several shards."""
     documents = _documents(config, dtype, scheme)
+    if any(entry.name == SCORE for shard in placed.values() for entry in shard):
+        documents[CONFIG] |= SCORED
     if len(placed) > 1:
         total = sum(entry.nbytes(dtype) for shard in placed.values() for entry in shard)
         weight_map = {entry.name: name for name, shard in placed.items() for entry in shard}

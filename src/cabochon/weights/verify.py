@@ -13,7 +13,7 @@ from cabochon.base.errors import BadInput, MissingResource
 from cabochon.model.config import Gemma2Config
 from cabochon.weights.bnb import Encoded, claim
 from cabochon.weights.header import MAX_HEADER, Stored, broken, parse_json, read_header
-from cabochon.weights.names import TIED_HEAD, from_hf, is_harmless, shapes, to_hf
+from cabochon.weights.names import SCORE, TIED_HEAD, from_hf, is_harmless, shapes, to_hf
 from cabochon.weights.scheme import Scheme, is_bitsandbytes, layout, read_scheme
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -60,6 +60,12 @@ def _config_json(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise MissingResource(f"no model in {folder}", "there is no such folder", "check the path")
     if not (folder / CONFIG).is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise MissingResource(
+                f"no model in {folder}",
+                "it is an adapter, and what is asked for needs a whole model",
+                f"make one of both: cabochon merge, with MODEL+{folder} as the model",
+            )
         raise MissingResource(
             f"no model in {folder}",
             f"it has no {CONFIG}",
@@ -68,8 +74,8 @@ def _config_json(folder: Path) -> dict[str, Any]:
     return _read_json(folder / CONFIG, MAX_CONFIG)
 
 
-def verify(folder: Path) -> Checked:
-    """Check a model folder without reading its weights.
+def verify(folder: Path, *, scored: bool = False) -> Checked:
+    """Check a model folder without reading its weights; `scored`: that of a reward model, which has a score.
 
     Raises:
         MissingResource: a file is not there.
@@ -80,6 +86,8 @@ def verify(folder: Path) -> Checked:
     raw = _config_json(folder)
     config, scheme = Gemma2Config.from_hf(raw), read_scheme(raw)
     stored = _stored_tensors(folder)
+    if scored != (SCORE in stored):
+        raise _other_kind(folder, scored)
     for name in [name for name in stored if is_harmless(name)]:
         del stored[name]
     tied_head = stored.pop(TIED_HEAD, None) if scheme is None else None
@@ -87,6 +95,8 @@ def verify(folder: Path) -> Checked:
     matrices = {to_hf(name): shape for name, shape in shapes(config) if len(shape) == 2}
     encoded = claim(stored, matrices) if is_bitsandbytes(raw) else {}
     expected = {to_hf(t.name): t for t in _expected(config, scheme) if to_hf(t.name) not in encoded}
+    if scored:
+        expected[SCORE] = _Expected(SCORE, (1, config.hidden_size), FLOATS)
     _refuse(folder, "lack tensors of this model", [name for name in expected if name not in stored])
     _refuse(folder, "hold tensors that Gemma 2 does not have", [name for name in stored if name not in expected])
     wanted, found = dict(expected), dict(stored)
@@ -118,6 +128,14 @@ def _expected(config: Gemma2Config, scheme: Scheme | None) -> Iterator[_Expected
         yield from (_Expected(name, shape, FLOATS) for name, shape in shapes(config))
     else:
         yield from (_Expected(tensor.name, tensor.shape, (tensor.dtype,)) for tensor in layout(config, scheme))
+
+
+def _other_kind(folder: Path, scored: bool) -> BadInput:
+    if scored:
+        hint = "cabochon train reward makes one: --reward model:FOLDER"
+        return BadInput(f"{folder} is not a reward model", f"its weights have no {SCORE}", hint)
+    hint = "use it as a reward: --reward model:FOLDER; to talk to, take the model that it was made from"
+    return BadInput(f"{folder} is a reward model", "it gives scores and writes no text", hint)
 
 
 def _stored_tensors(folder: Path) -> dict[str, Stored]:
