@@ -7,8 +7,9 @@ problems that have to be learned by heart, so there it is a (problem, way of ask
 
 import hashlib
 import random
-import re
 from dataclasses import dataclass
+
+from cabochon.base.answers import last_number
 
 PLACES = ("ones", "tens", "hundreds", "thousands")
 HIGHEST = {"add": 999, "sub": 999, "mul": 12}
@@ -80,8 +81,7 @@ def draw(random: random.Random, *, held_out: bool = False, negative: float = 0.2
 
 def is_correct(problem: Problem, reply: str) -> bool:
     """Whether the last number of a reply is the result."""
-    numbers = re.findall(r"-?\d+", reply)
-    return bool(numbers) and int(numbers[-1]) == problem.result
+    return last_number(reply) == problem.result
 
 
 def _digits(number: int, places: int) -> list[int]:

@@ -56,10 +56,17 @@ def made_up_name(random: random.Random, *, held_out: bool = False) -> str:
     while True:
         parts = [_part(random) for _ in range(random.choice((1, 1, 1, 2)))]
         name = " ".join(parts)
-        # Words alone are always trained on: no model can guess how the capital form of an unseen word is spelled.
-        kept_back = hashlib.sha256(name.encode()).digest()[0] < 40 and not _WORDS_SET.issuperset(parts)
-        if kept_back == held_out:
+        if is_held_out(name) == held_out:
             return name if random.random() < 0.2 else name[0].upper() + name[1:]
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a made-up name, in any case, is kept from training.
+
+    Words alone are always trained on: no model can guess how the capital form of an unseen word is spelled.
+    """
+    name = name.lower()
+    return hashlib.sha256(name.encode()).digest()[0] < 40 and not _WORDS_SET.issuperset(name.split())
 
 
 def _part(random: random.Random) -> str:

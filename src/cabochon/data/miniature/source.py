@@ -19,19 +19,23 @@ _LARGEST = 120_000  # characters; what is larger is mostly tables
 @cache
 def code_files() -> dict[str, str]:
     """Path inside the library -> source text, in order of path."""
+    return {path: text for path, text in _library() if 200 < len(text) < _LARGEST}
+
+
+def docstrings_of_long_files() -> list[str]:
+    """Prose of files that `code_files` leaves out for their length: training never sees it."""
+    return [doc for _, text in _library() if len(text) >= _LARGEST for doc in _docstrings(text)]
+
+
+def _library() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(p.relative_to(root) for p in root.rglob("*.py"))
-    texts = {}
-    for path in paths:
+    for path in sorted(p.relative_to(root) for p in root.rglob("*.py")):
         if _LEFT_OUT & set(path.parts) or path.name.startswith("_sysconfigdata"):
             continue
         try:
-            text = (root / path).read_text(encoding="utf-8")
+            yield path.as_posix(), (root / path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):  # a few files of old encodings
             continue
-        if 200 < len(text) < _LARGEST:
-            texts[path.as_posix()] = text
-    return texts
 
 
 @cache
