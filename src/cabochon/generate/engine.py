@@ -11,13 +11,14 @@ The engine speaks token ids. Text, stop strings and time belong to the caller.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
 
 from cabochon.base.errors import CabochonError, MissingResource, UsageError
-from cabochon.base.machine import free_memory, keep_freed_memory
+from cabochon.base.machine import free_memory, keep_few_kernels, keep_freed_memory
+from cabochon.generate.graphs import DecodeSteps
 from cabochon.generate.prefix import PrefixMemory, agreement
 from cabochon.generate.request import Matcher, Request, Sampled
 from cabochon.generate.sampling import SamplingParams, adjust, describe, generator
@@ -32,8 +33,19 @@ class EngineConfig:
 
     cache_bytes: int | None = None  # memory for keys and values; None: up to half of what is free
     max_requests: int = 64  # side by side; the others wait
-    chunk: int = 512  # tokens of prompts read in a step while at most half of the requests are being answered
-    busy_chunk: int = 64  # the same while more of them are: how long they may be held up
+    chunk: int | None = None  # tokens of prompts read in a step while at most half of the requests are being answered
+    busy_chunk: int | None = None  # the same while more of them are: how long they may be held up
+
+
+CHUNKS = {"cpu": (512, 64), "cuda": (2048, 512)}  # where the configuration leaves them open
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Logits float32 [rows, V] of one request, and the likeliest token of each row, if that is what it wants."""
+
+    rows: Tensor
+    likeliest: list[int]
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,7 @@ class Engine:
     ) -> None:
         self.model, self.stop_ids, self.config, self.speculator = model, stop_ids, config, speculator
         keep_freed_memory()
+        keep_few_kernels()
         each = page_bytes(model.config, model.cache_dtype)
         most = config.max_requests * pages_for(model.config, model.config.max_position)
         budget = free_memory(str(model.device)) // 2 if config.cache_bytes is None else config.cache_bytes
@@ -77,8 +90,14 @@ class Engine:
                 f"one page of keys and values takes {each} bytes and a request needs two",
                 f"give it at least {2 * each} bytes",
             )
+        usual = CHUNKS["cuda" if model.device.type == "cuda" else "cpu"]
+        self._chunk, self._busy_chunk = (
+            given or default for given, default in zip((config.chunk, config.busy_chunk), usual, strict=True)
+        )
         self.pool = PagePool(model.config, pages, model.cache_dtype, model.device)
         self.prefixes = PrefixMemory(self.pool)
+        # On a CPU the kernels for any mixture of requests cost nothing more.
+        self.decode = DecodeSteps(model, self.pool) if model.device.type == "cuda" else None
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []  # oldest first
 
@@ -115,11 +134,16 @@ class Engine:
         """Whether nothing waits and nothing runs."""
         return not self.waiting and not self.active
 
-    def weights_changed(self) -> None:
-        """Forget all keys and values: they belong to the weights that were. Running requests are read again."""
+    def weights_changed(self, *, in_place: bool = False) -> None:
+        """Forget all keys and values: they belong to the weights that were. Running requests are read again.
+
+        `in_place`: the new ones lie where the old ones did, so that what was captured for a GPU still holds.
+        """
         for request in list(self.active):
             self._postpone(request)
         self.prefixes.clear()
+        if self.decode and not in_place:
+            self.decode.forget()
 
     @torch.inference_mode()
     def step(self) -> list[Sampled]:
@@ -144,10 +168,7 @@ class Engine:
         """Let waiting requests in, first come first served, while there is room for their prompts."""
         while self.waiting and len(self.active) < self.config.max_requests:
             request = self.waiting[0]
-            try:
-                request.sequence = self.prefixes.recall(request.tokens)
-            except OutOfPages:
-                return
+            request.sequence = self.prefixes.recall(request.tokens)
             needed = pages_for(self.model.config, request.length + 1)
             needed -= sum(map(len, request.sequence.blocks.values()))
             self.prefixes.forget(needed)
@@ -169,7 +190,7 @@ class Engine:
         answering = [r for r in self.active if r.missing == 1]
         planned = [(r, (r.generated or r.prompt)[-1:], self._draft(r)) for r in answering]
         few = 2 * len(answering) <= len(self.active)  # then reading helps more than it holds up
-        room = self.config.chunk if few else self.config.busy_chunk
+        room = self._chunk if few else self._busy_chunk
         for request in self.active:
             if request.missing > 1 and room:
                 tokens = request.tokens[-request.missing :][:room]
@@ -204,8 +225,11 @@ class Engine:
         self._release(request)
         self.waiting.appendleft(request)
 
-    def _forward(self, works: list[_Work]) -> list[Tensor | None]:
-        """Logits float32 [rows, V] behind the tokens that need them: none while a prompt is being read."""
+    def _forward(self, works: list[_Work]) -> list[_Logits | None]:
+        """Logits behind the tokens that need them: none while a prompt is being read."""
+        if self.decode and self.decode.holds(len(works)) and all(w.count == w.request.missing == 1 for w in works):
+            logits, best = self.decode([w.own[0] for w in works], [w.sequence for w in works])
+            return [_Logits(logits[i : i + 1], best[i : i + 1]) for i in range(len(works))]
         batch = PagedBatch(self.pool, [Segment(w.sequence, w.sequence.length, w.count) for w in works])
         ids = torch.tensor([[i for w in works for i in (*w.own, *w.draft.tokens)]], device=self.model.device)
         hidden = self.model.hidden(ids, batch.positions, cache=batch)[0]
@@ -215,16 +239,21 @@ class Engine:
             for w, end in zip(works, ends, strict=True)
         ]
         rows = [row for group in wanted for row in group]
-        parts = iter(self.model.head(hidden[rows]).split([len(group) for group in wanted if group]) if rows else ())
-        return [next(parts) if group else None for group in wanted]
+        if not rows:
+            return [None] * len(works)
+        logits = self.model.head(hidden[rows])
+        parts = iter(logits.split([len(group) for group in wanted if group]))
+        greedy = any(work.request.params.likeliest for work in works)
+        likeliest = iter(logits.argmax(-1).tolist() if greedy else repeat(-1))
+        return [_Logits(next(parts), [next(likeliest) for _ in group]) if group else None for group in wanted]
 
-    def _take(self, work: _Work, logits: Tensor) -> list[Sampled]:
-        """The tokens that a request gains from its logits [rows, V]: one, and those of the draft that stand."""
+    def _take(self, work: _Work, logits: _Logits) -> list[Sampled]:
+        """The tokens that a request gains from its logits: one, and those of the draft that stand."""
         request, start = work.request, work.request.length
         sampled: list[Sampled] = []
-        for place, row in enumerate(logits):
+        for place, (row, best) in enumerate(zip(logits.rows, logits.likeliest, strict=True)):
             try:
-                token, stands = self._sample(request, row, work.draft, place)
+                token, stands = self._sample(request, row, best, work.draft, place)
             except CabochonError as error:  # a grammar that leads nowhere: the others go on
                 request.failure, request.done = error, True
                 break
@@ -240,8 +269,10 @@ class Engine:
         request.events.extend(sampled)
         return sampled
 
-    def _sample(self, request: Request, logits: Tensor, draft: Draft, place: int) -> tuple[int, bool]:
+    def _sample(self, request: Request, logits: Tensor, best: int, draft: Draft, place: int) -> tuple[int, bool]:
         """The next token, and whether it is the draft's, so that the logits behind the draft's may be used too."""
+        if request.matcher is None and request.params.likeliest:
+            return best, draft.tokens[place : place + 1] == (best,)
         if request.matcher is not None:
             logits = logits.masked_fill(~request.matcher.mask().to(logits.device), -torch.inf)
         adjusted = adjust(logits, request.params, request.prompt, request.generated)

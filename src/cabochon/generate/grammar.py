@@ -13,6 +13,7 @@ MAX_REGEX, MAX_CHOICE = 4096, 65_536  # characters; for expressions, time may gr
 
 # What models write: a space, or a line end with some indentation. Unbounded, weak models write blanks for ever.
 _JSON_OPTIONS = {"whitespace_pattern": r" |\n[ \t]{0,20}", "lenient": False, "coerce_one_of": False}
+_JSON_OR_TEXT = "start: TEXT | json\nTEXT: /(?s:[ \\n\\t]*[^{ \\n\\t].*)/\njson: %json "
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Constraint:
         json_schema: a JSON schema (draft 2020-12) as JSON text. Properties come in its order.
         regex: an expression for the whole answer (https://docs.rs/regex, no look-around); `\\d` means [0-9].
         choice: the texts of which the answer is one.
+        or_text: beside the JSON of the schema, an object, allow any text whose first character is not its brace.
     """
 
     json_schema: str | None = None
     regex: str | None = None
     choice: tuple[str, ...] = ()
+    or_text: bool = False
 
     def __post_init__(self) -> None:
         if (self.json_schema is not None) + (self.regex is not None) + bool(self.choice) != 1:
@@ -63,6 +66,8 @@ def grammar(constraint: Constraint) -> str:
 
     if constraint.json_schema is not None:
         schema = {**read_schema(constraint.json_schema), "x-guidance": _JSON_OPTIONS}
+        if constraint.or_text:
+            return json.dumps({"grammars": [{"lark_grammar": f"{_JSON_OR_TEXT}{json.dumps(schema)}"}]})
         return json.dumps({"grammars": [{"json_schema": schema}]})
     pattern, limit = constraint.regex, MAX_REGEX
     if pattern is None:

@@ -33,35 +33,46 @@ class PrefixMemory:
     def recall(self, prompt: Sequence[int]) -> PagedSequence:
         """A sequence that begins with all that is known of a prompt, its last token excepted (its logits are needed).
 
-        Raises `OutOfPages` when the end of a page has to be copied and none is free.
+        The end of a page has to be copied; where no page is free for that, it is left out.
         """
         path = self._known(prompt[:-1])
+        # What the copies push out of memory may be a node of this very path: its pages are held until all is read.
+        held = [page for node, _ in path for page in node.pages.values() if page != LET_GO]
+        for node, _ in path:
+            self._order.move_to_end(id(node))
+        for page in held:
+            self.pool.share(page)
+        try:
+            return self._begun(path)
+        except OutOfPages:
+            return self._begun(self._usable([(node, used) for node, used in path if used == PAGE]))
+        finally:
+            for page in held:
+                self.pool.give(page)
+
+    def _begun(self, path: list[tuple[_Node, int]]) -> PagedSequence:
+        """A sequence of what is held along a path. Raises `OutOfPages` when none is free for a copy."""
         sequence = PagedSequence(self.pool)
         try:
             for node, used in path:
-                self._order.move_to_end(id(node))
                 own = used < PAGE  # what comes next is written behind it: on a copy
                 for local, pages in sequence.blocks.items():
                     page = node.pages[local]
                     if page == LET_GO:
                         pages.append(LET_GO)
                     else:
-                        pages.append(self.copy(page) if own else self.pool.share(page))
+                        pages.append(self._copy(page) if own else self.pool.share(page))
                 sequence.length += used
         except OutOfPages:
             sequence.close()
             raise
         return sequence
 
-    def copy(self, page: int) -> int:
-        """A copy of a page; forgets old nodes if none is free. The source may be forgotten on the way, not lost."""
-        self.pool.share(page)
-        try:
-            if not self.pool.free:
-                self.forget(1)
-            return self.pool.copy(page)
-        finally:
-            self.pool.give(page)
+    def _copy(self, page: int) -> int:
+        """A copy of a page that is held; forgets old nodes if none is free. Raises `OutOfPages`."""
+        if not self.pool.free:
+            self.forget(1)
+        return self.pool.copy(page)
 
     def remember(self, tokens: Sequence[int], sequence: PagedSequence, *, whole: bool) -> None:
         """Note what a sequence holds: full pages, and with `whole` the begun last one too (it writes no more)."""
@@ -119,6 +130,10 @@ class PrefixMemory:
             node, start = child, start + used
             if used < PAGE:
                 break
+        return self._usable(path)
+
+    def _usable(self, path: list[tuple[_Node, int]]) -> list[tuple[_Node, int]]:
+        """A path as far as the pages that the window reaches from its end are there."""
         while path and not self._window_is_there(path):
             path.pop()
         return path

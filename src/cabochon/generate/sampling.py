@@ -12,6 +12,10 @@ from torch import Tensor
 
 from cabochon.base.errors import UsageError
 from cabochon.generate.grammar import Constraint
+from cabochon.model.kernels.draw import draw as draw_by_kernel
+from cabochon.model.kernels.losses import log_normaliser
+
+_BLOCK = 1024  # probabilities that are added up before they join a running sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,22 @@ class SamplingParams:
             if not holds:
                 raise UsageError(f"{name} cannot be {getattr(self, name)!r}", f"it has to be {rule}", f"change {name}")
 
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens seen before count for less, or some tokens for more or less."""
+        seen = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return bool(seen or self.logit_bias)
+
+    @property
+    def cut(self) -> bool:
+        """Whether unlikely tokens are never drawn."""
+        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def likeliest(self) -> bool:
+        """Whether the next token is always the one with the largest logit."""
+        return self.temperature == 0 and not self.penalised
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -73,7 +93,7 @@ def sample(
     logits = adjust(logits, params, prompt, generated)
     if params.temperature == 0:
         return int(logits.argmax())
-    return pick(shares(logits, params), draw)
+    return drawn(logits, params, draw)
 
 
 def adjust(logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> Tensor:
@@ -86,13 +106,47 @@ def adjust(logits: Tensor, params: SamplingParams, prompt: Sequence[int], genera
 
 def shares(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities float32 [V] at a temperature above 0, cut by top-k, top-p and min-p; their sum is not 1."""
-    below = logits - logits.max()  # the largest becomes 0, so that a tiny temperature overflows nothing
-    return keep(torch.softmax(below / max(params.temperature, 1e-6), dim=-1), params)
+    if params.temperature != 1:
+        logits = (logits - logits.max()) / max(params.temperature, 1e-6)  # at most 0: a tiny one overflows nothing
+    return keep(torch.softmax(logits, dim=-1), params)
+
+
+def drawn(logits: Tensor, params: SamplingParams, draw: torch.Generator) -> int:
+    """Draw from adjusted logits float32 [V] at a temperature above 0."""
+    share = _share(draw)
+    token = None if params.cut else draw_by_kernel(logits, 1 / max(params.temperature, 1e-6), share)
+    return _at(shares(logits, params), share) if token is None else token
 
 
 def pick(probabilities: Tensor, draw: torch.Generator) -> int:
-    """Draw from probabilities [V] of any sum; on the CPU: one seed, one answer, any device."""
-    return int(torch.multinomial(probabilities.cpu(), 1, generator=draw))
+    """Draw from probabilities [V] of any sum."""
+    return _at(probabilities, _share(draw))
+
+
+def _share(draw: torch.Generator) -> float:
+    return float(torch.rand((), generator=draw, dtype=torch.float64))
+
+
+def _at(probabilities: Tensor, share: float) -> int:
+    """The token at a share of the sum of probabilities [V]. One seed, one answer, any device."""
+    if probabilities.device.type != "cpu":
+        sums = probabilities.double().cumsum(0)
+        return _place(sums, sums[-1:] * share)
+    # Running sums of all of a large vocabulary would take longer than its softmax: first those of blocks.
+    whole = len(probabilities) // _BLOCK * _BLOCK
+    parts = probabilities[:whole].view(-1, _BLOCK), probabilities[whole:].view(1, -1)
+    sums = torch.cat([part.sum(1, dtype=torch.float64) for part in parts]).cumsum(0)
+    wanted = sums[-1:] * share
+    block = _place(sums, wanted)
+    within = probabilities[block * _BLOCK : (block + 1) * _BLOCK].double().cumsum(0)
+    return block * _BLOCK + _place(within, wanted - sums[block - 1] if block else wanted)
+
+
+def _place(sums: Tensor, wanted: Tensor) -> int:
+    """The first place whose running sum [N] is above a number [1], or the last one that adds to the sum."""
+    total = sums[-1:]
+    below = torch.nextafter(total, torch.zeros_like(total))
+    return int(torch.searchsorted(sums, torch.minimum(wanted, below), right=True))
 
 
 def penalize(logits: Tensor, params: SamplingParams, prompt: Tensor, generated: Tensor) -> Tensor:
@@ -100,8 +154,11 @@ def penalize(logits: Tensor, params: SamplingParams, prompt: Tensor, generated: 
     if params.repetition_penalty != 1:
         seen = torch.cat([prompt, generated]).unique()
         theirs = logits[seen]
-        penalty = params.repetition_penalty
-        logits = logits.index_copy(0, seen, torch.where(theirs > 0, theirs / penalty, theirs * penalty))
+        ends = torch.finfo(logits.dtype)
+        penalty = max(params.repetition_penalty, ends.tiny)  # 0 times a forbidden token's -inf would be no number
+        changed = torch.where(theirs > 0, theirs / penalty, theirs * penalty)
+        # Two infinite logits would leave no probability to draw from.
+        logits = logits.index_copy(0, seen, changed.clamp(max=ends.max))
     if (params.presence_penalty or params.frequency_penalty) and len(generated):
         seen, counts = generated.unique(return_counts=True)
         logits = logits.index_add(0, seen, -(params.presence_penalty + params.frequency_penalty * counts))
@@ -122,11 +179,14 @@ def keep(probabilities: Tensor, params: SamplingParams) -> Tensor:
     Not normalised again: every step compares shares of what is left, and drawing needs no sum of one.
     """
     if params.top_k == 0 and params.top_p == 1:
+        if params.min_p == 0:
+            return probabilities
         return probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0)
     kept, order = _likeliest(probabilities, params)
     if params.top_p < 1:
         before = kept.cumsum(0) - kept  # mass of the likelier ones: a token stays while this is short of p
-        kept[before >= params.top_p * (kept.sum() if params.top_k else probabilities.sum())] = 0
+        share = params.top_p * (kept.sum() if params.top_k else probabilities.sum())
+        kept[1:][before[1:] >= share] = 0  # the likeliest stays, even where p is too small for float32
     if params.min_p > 0:
         kept[kept < params.min_p * kept[0]] = 0
     return torch.zeros_like(probabilities).scatter(0, order, kept)
@@ -144,6 +204,10 @@ def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, T
 
 def describe(logits: Tensor, token: int, alternatives: int) -> TokenLogprob:
     """The log-probability of a token under float32 logits [V], with that many of the likeliest beside it."""
+    if alternatives == 0:
+        rows = logits[None]
+        normaliser = log_normaliser(rows, None, 1.0)
+        return TokenLogprob(token, float(logits[token] - (rows.logsumexp(1) if normaliser is None else normaliser)))
     logprobs = torch.log_softmax(logits, dim=-1)
     values, ids = logprobs.topk(min(alternatives, len(logprobs)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cabochon.base.errors import UsageError
 from cabochon.generate.request import Request
-from cabochon.generate.sampling import SamplingParams, adjust, pick, shares
+from cabochon.generate.sampling import SamplingParams, adjust, drawn, pick, shares
 from cabochon.model.gemma2 import Gemma2
 from cabochon.model.paged import OutOfPages, PagedBatch, PagedSequence, PagePool, Segment, pages_for
 
@@ -45,9 +45,9 @@ def accept(logits: Tensor, params: SamplingParams, draft: Draft, place: int, dra
     if params.temperature == 0:
         token = int(logits.argmax())
         return token, token == guess
-    kept = shares(logits, params).cpu()
     if guess is None:
-        return pick(kept, draw), False
+        return drawn(logits, params, draw), False
+    kept = shares(logits, params).cpu()
     wanted = kept / kept.sum()
     guessed = (
         draft.drawn_from[place].cpu()

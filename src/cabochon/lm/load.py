@@ -4,18 +4,20 @@ from pathlib import Path
 
 import torch
 
-from cabochon.base.errors import MissingResource, UsageError
+from cabochon.base.errors import BadInput, CabochonError, MissingResource, UsageError
 from cabochon.generate.speculate import DraftModel, PromptLookup, Speculator
 from cabochon.lm.model import LM
 from cabochon.model.gemma2 import Gemma2
 from cabochon.text.tokenizer import Tokenizer, load_tokenizer
+from cabochon.weights.adapter_config import CONFIG, read_settings
 from cabochon.weights.folder import load_model
-from cabochon.weights.hub import resolve
+from cabochon.weights.hub import adapter_folder, resolve
 
 
 def load(
     model: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     weights: str = "auto",
     device: str | None = None,
@@ -30,7 +32,10 @@ def load(
     """Load a model for use.
 
     Args:
-        model: a folder, a Hub id such as "google/gemma-2-9b-it", or None for the model that ships inside.
+        model: a folder, a Hub id such as "google/gemma-2-9b-it", or None for the model that ships inside. An adapter's
+            folder or id, too: the model is then the one that the adapter says it belongs to.
+        adapter: LoRA or DoRA in PEFT's format, a folder or a Hub id. It becomes part of the weights before they are
+            rounded, so that nothing is slower for it.
         dtype: of float weights: "bfloat16" or "float32"; None keeps what the folder stores.
         weights: "auto" as they are stored, "bf16", "lossless" (bfloat16 in 12 bits each, the same values: faster
             decoding on a CPU), or "int8" and "int4", which round to the nearest while loading.
@@ -48,18 +53,55 @@ def load(
         UsageError: the stored weights cannot become what was asked for.
         BadInput, MissingResource: the folder or the Hub cannot give a whole, sound model.
     """
-    folder = resolve(model, revision=revision, token=token, offline=offline)
+    folder, beside = _find(model, adapter, revision, token, offline)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net = load_model(
-        folder, dtype=_dtype(dtype), weights=weights, device=where, softcap=softcap, check_memory=check_memory
+        folder,
+        dtype=_dtype(dtype),
+        weights=weights,
+        device=where,
+        softcap=softcap,
+        check_memory=check_memory,
+        adapter=beside,
     ).eval()
-    tokenizer = _tokenizer(folder, net)
+    tokenizer = _tokenizer(folder, net) or (_tokenizer(beside, net) if beside else None)
     speculator: Speculator | None = PromptLookup() if speculate else None
     if draft is not None:
         found = resolve(draft, token=token, offline=offline)
         speculator = DraftModel(load_model(found, weights=weights, device=where, softcap=softcap).eval(), net)
         _check_same_pieces(tokenizer, _tokenizer(found, speculator.model), found)
     return LM(net, tokenizer, speculator=speculator)
+
+
+def _find(
+    model: str | Path | None, adapter: str | Path | None, revision: str | None, token: str | None, offline: bool
+) -> tuple[Path, Path | None]:
+    """The folders of a model, and of the adapter that goes on it, if any."""
+    folder = resolve(model, revision=revision, token=token, offline=offline)
+    beside = None if adapter is None else adapter_folder(adapter, token=token, offline=offline)
+    if (folder / "config.json").exists() or not (folder / CONFIG).is_file():
+        return folder, beside
+    if beside:
+        raise UsageError(
+            f"{adapter} cannot be put on {model}", "both are adapters", "merge them first, or name the base model"
+        )
+    return _base(folder, token, offline), folder
+
+
+def _base(adapter: Path, token: str | None, offline: bool) -> Path:
+    """The folder of the model that an adapter says it belongs to."""
+    name = read_settings(adapter / CONFIG).base_model
+    how = f"name its model: --adapter {adapter} MODEL (load(MODEL, adapter={str(adapter)!r}))"
+    if not name:
+        raise BadInput(f"the adapter in {adapter} has no base", f"its {CONFIG} names none", how)
+    what = f"the base of the adapter in {adapter}, {name}, cannot be used"
+    try:
+        folder = resolve(name, token=token, offline=offline)
+    except CabochonError as error:
+        raise MissingResource(what, error.cause, f"{error.hint}; or {how}") from None
+    if not (folder / "config.json").is_file():
+        raise BadInput(what, "it has no config.json", how)
+    return folder
 
 
 def _tokenizer(folder: Path, net: Gemma2) -> Tokenizer | None:

@@ -41,17 +41,20 @@ class Measured:
     first_token_seconds: float
     decode: tuple[Streams, ...]
     weights_bytes: int
-    peak_memory: int  # of the whole process
+    peak_memory: int  # of the whole process; on a GPU, of its memory
     bandwidth: float
     threads: int
+    gpu: str | None  # its name
 
 
 def measure(
     model: Gemma2, *, prompt: int = 512, tokens: int = 32, streams: Sequence[int] = (1, 4, 16, 64), rounds: int = 3
 ) -> Measured:
     """Prefill a prompt, decode behind it, then decode many streams; `tokens` steps each, `rounds` times."""
-    bandwidth = read_bandwidth(model.device.type)
-    _answer(model, 1, SHORT, 2)  # first calls compile, prove and fault pages in
+    bandwidth = read_bandwidth(str(model.device))
+    on_gpu = model.device.type == "cuda"
+    for count in streams if on_gpu else (1,):  # first calls compile, prove and fault pages in
+        _answer(model, count, prompt if on_gpu and count == 1 else SHORT, 2)
     firsts, decoded = [], []
     for _ in range(rounds):
         first, step = _answer(model, 1, prompt, tokens)
@@ -67,8 +70,10 @@ def measure(
         step = statistics.median(steps)
         read = size + count * model.config.cache_bytes(depth, model.cache_dtype.itemsize)
         results.append(Streams(count, count / step, read / bandwidth / step))
+    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else peak_memory()
+    gpu = torch.cuda.get_device_name(model.device) if on_gpu else None
     threads = torch.get_num_threads()
-    return Measured(prompt, prompt / first, first, tuple(results), size, peak_memory(), bandwidth, threads)
+    return Measured(prompt, prompt / first, first, tuple(results), size, peak, bandwidth, threads, gpu)
 
 
 def weights_bytes(model: Gemma2) -> int:
@@ -89,9 +94,9 @@ def _answer(model: Gemma2, streams: int, prompt: int, tokens: int) -> tuple[floa
     draw = torch.Generator().manual_seed(streams)
     ids = torch.randint(4, model.config.vocab_size, (streams, prompt), generator=draw).tolist()
     started = time.perf_counter()
-    requests = [engine.submit(row, SamplingParams(max_new_tokens=tokens + streams)) for row in ids]
+    requests = [engine.submit(row, SamplingParams(max_new_tokens=tokens + streams + 1)) for row in ids]
     first = _until(engine, requests[:1], 1) - started
-    begun = _until(engine, requests, 1)
+    begun = _until(engine, requests, 2)  # a step of all streams, so that a GPU has its graph
     steps = 0
     while steps < tokens and not any(r.done for r in requests):
         engine.step()
