@@ -1,28 +1,50 @@
-"""The plain training loop: next-token cross-entropy, bf16 products over float32 weights, Muon and AdamW."""
+"""The loop of every kind of training: steps, and between them reports, evaluations and checkpoints."""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
-from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
 
-from cabochon.base.errors import UsageError
-from cabochon.data.pack import Batch
+from cabochon.base.errors import BadInput, UsageError
+from cabochon.data.pack import IGNORED, Batch
 from cabochon.model.gemma2 import Gemma2
+from cabochon.model.head import token_losses
 from cabochon.train.config import TrainConfig
-from cabochon.train.losses.fused import cross_entropy
-from cabochon.train.losses.teachers import Head
+from cabochon.train.objectives import hidden_states, next_tokens
+from cabochon.train.ranks import SINGLE, Ranks
+from cabochon.train.shards import let_go
+from cabochon.train.step import StepReport, Stopped, Trainer, precision
+
+
+class Halted(BadInput):
+    """What a stream raises when the run cannot go on from where it is; the run is saved first."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: mean loss in nats since the last report, tokens per second over the same stretch."""
+    """Where a run stands: mean over the steps since the last report, tokens per second over the same stretch."""
 
     step: int
     loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int  # that went through the model
     tokens_per_second: float
+    seconds_per_step: float
+    skipped: int  # steps
+    measures: Mapping[str, float] = field(default_factory=dict)  # beside the loss, as the objective names them
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is to happen between steps. `evaluate` and `save` get the steps done."""
+
+    report: Callable[[Progress], None] = lambda _: None
+    evaluate: Callable[[int], None] = lambda _: None
+    save: Callable[[int], None] = lambda _: None
+    stop: Callable[[], bool] = lambda: False
 
 
 def train(
@@ -31,70 +53,129 @@ def train(
     config: TrainConfig,
     report: Callable[[Progress], None] = lambda _: None,
 ) -> None:
-    """Train in place for `config.steps` batches.
+    """Train in place on next tokens, with reports and nothing else. Errors are those of `train_steps`."""
+    train_steps(Trainer(model, config, next_tokens(config)), batches, Hooks(report=report))
+
+
+def train_steps(trainer: Trainer, batches: Iterator[Batch], hooks: Hooks = Hooks()) -> bool:
+    """Go on until `config.steps` steps are done. True: they are; False: `hooks.stop` ended the run, which was saved.
 
     Raises:
-        UsageError: the model's soft cap is off, the data ended early, or the loss stopped being a number.
+        UsageError: the data ended early.
+        BadInput: the loss is no number any more, or the data says that the run has to end.
     """
-    if model.config.attn_softcap is None or model.config.final_softcap is None:
-        raise UsageError(
-            "this model cannot be trained",
-            "its soft cap is turned off, and a Gemma 2 model trained without it is another model when it is used",
-            "load it with its soft caps on",
-        )
-    model.train()
-    optimizers = make_optimizers(model, config)
-    loss_sum, tokens, since = 0.0, 0, time.perf_counter()
-    for step in range(config.steps):
-        batch = next(batches, None)
+    config, since = trainer.config, _Since()
+    while trainer.step_number < config.steps:
+        if hooks.stop():
+            hooks.save(trainer.step_number)
+            return False
+        try:
+            batch = next(batches, None)
+        except Halted:
+            hooks.save(trainer.step_number)
+            raise
         if batch is None:
+            step = trainer.step_number
             raise UsageError("training stopped early", f"the data ended at step {step}", "lower steps or add data")
-        loss = batch_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm, error_if_nonfinite=False)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, schedule(step, config))
-            optimizer.step()
-            optimizer.zero_grad()
-        loss_sum, tokens = loss_sum + loss.item(), tokens + batch.ids.numel()
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            count = (step % config.log_every) + 1
-            now = time.perf_counter()
-            report(Progress(step + 1, loss_sum / count, tokens / (now - since)))
-            loss_sum, tokens, since = 0.0, 0, now
+        try:
+            since.add(trainer.step(batch, hooks.stop))
+        except Stopped:
+            continue  # to the top, where the run is saved; `batch` is drawn again when it goes on
+        step = trainer.step_number
+        last = step == config.steps
+        if last or step % config.log_every == 0:
+            hooks.report(since.progress())
+            since = _Since()
+        if last or (config.eval_every and step % config.eval_every == 0):
+            hooks.evaluate(step)
+        if last or (config.save_every and step % config.save_every == 0):
+            hooks.save(step)
+    trainer.model.eval()
+    return True
+
+
+@dataclass
+class _Since:
+    """Steps since the last report."""
+
+    steps: list[StepReport] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, step: StepReport) -> None:
+        self.steps.append(step)
+
+    def progress(self) -> Progress:
+        kept = [step for step in self.steps if not step.skipped] or self.steps
+        tokens, seconds = sum(step.positions for step in self.steps), time.perf_counter() - self.started
+        return Progress(
+            step=self.steps[-1].step,
+            loss=sum(step.loss for step in kept) / len(kept),
+            grad_norm=sum(step.grad_norm for step in kept) / len(kept),
+            learning_rate=self.steps[-1].learning_rate,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            seconds_per_step=seconds / len(self.steps),
+            skipped=sum(step.skipped for step in self.steps),
+            measures=_means([step.measures for step in kept]),
+        )
+
+
+def _means(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each over the steps that have it: not every step of a mixture measures the same."""
+    names = {name: None for each in measures for name in each}
+    return {name: fmean(each[name] for each in measures if name in each) for name in names}
+
+
+def next_batch(batches: Iterator[Batch], ranks: Ranks) -> Batch | None:
+    """The next batch, or an empty one while other ranks have some; None when all are at their end."""
+    batch = next(batches, None)
+    if ranks.world == 1 or not ranks.most(batch is not None):
+        return batch
+    return batches.empty() if batch is None else batch  # type: ignore[attr-defined]
+
+
+# What a part of held-out data comes to: how much is counted, and sums over it by name.
+Measure = Callable[[Gemma2, Batch], tuple[int, Mapping[str, float]]]
+
+
+def next_token_loss(model: Gemma2, batch: Batch) -> tuple[int, Mapping[str, float]]:
+    """Cross-entropy in nats over all targets, without label smoothing or other terms."""
+    hidden, targets = hidden_states(model, batch), batch.targets.flatten().to(model.device)
+    counted = targets != IGNORED
+    losses = token_losses(model.head, hidden[counted], targets[counted], model.config.vocab_size)
+    return len(losses), {"loss": float(losses.double().sum())}
+
+
+@torch.no_grad()
+def evaluate(
+    model: Gemma2,
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    ranks: Ranks = SINGLE,
+    stop: Callable[[], bool] = lambda: False,
+    measure: Measure = next_token_loss,
+) -> dict[str, float] | None:
+    """Means over all that `measure` counts in the batches, by name; "loss" is among them.
+
+    With several ranks each has its part of every batch, as `open_eval` gives it. `stop` is asked between batches; None
+    when it says so.
+    """
+    was_training = model.training
     model.eval()
-
-
-def batch_loss(model: Gemma2, batch: Batch) -> Tensor:
-    """Mean cross-entropy in nats over the targets of a batch."""
-    device = model.embedding.weight.device
-    head = Head(model.embedding.weight, model.config.final_softcap)
-    with torch.autocast(device.type, torch.bfloat16):
-        hidden = model.hidden(batch.ids.to(device), documents=batch.documents.to(device))
-        return cross_entropy(hidden.flatten(0, 1), head, batch.targets.flatten().to(device), batch.num_targets)
-
-
-def make_optimizers(model: Gemma2, config: TrainConfig) -> list[Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embedding (also the head) and the norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name != "embedding.weight"]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or name == "embedding.weight"]
-    muon = Muon(matrices, lr=config.matrix_learning_rate, weight_decay=config.weight_decay, momentum=0.95)
-    adam = AdamW(others, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return [muon, adam]
-
-
-def set_learning_rate(optimizer: Optimizer, share: float) -> None:
-    """Set every group to a share of its peak."""
-    for group in optimizer.param_groups:
-        group["lr"] = share * group["peak_lr"]
-
-
-def schedule(step: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, flat, then linear decay."""
-    warm = (step + 1) / max(1, config.warmup_steps)
-    start = (1 - config.decay_share) * config.steps
-    gone = max(0.0, (step + 1 - start) / max(1.0, config.steps - start))
-    return min(1.0, warm) * (1 - gone * (1 - config.final_share))
+    sums: dict[str, float] = {}
+    count, stopped = 0, False
+    while not (stopped := stop()) and (batch := next_batch(batches, ranks)) is not None:
+        for part in batch.split(config.micro_rows or len(batch.ids)):
+            with precision(model, config):
+                counted, found = measure(model, part)
+            count += counted
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value
+    let_go(model)
+    model.train(was_training)
+    if stopped:
+        return None
+    count = int(ranks.total(count))
+    if count == 0:
+        raise UsageError("nothing was evaluated", "the held-out data has no target", "give more of it")
+    return {name: ranks.total(value) / count for name, value in sums.items()}

@@ -20,14 +20,16 @@ from cabochon.base.errors import UsageError
 from cabochon.model.kernels.losses import add_in_place, large
 from cabochon.train.losses.cross_entropy import CrossEntropy
 from cabochon.train.losses.divergences import Divergence, ForwardKL
+from cabochon.train.losses.likelihood import TokenLoss, of_likelihood
+from cabochon.train.losses.live import MIXED_WIDTH, LiveLoss, live_ones
 from cabochon.train.losses.logits import LogitTransform
 from cabochon.train.losses.teachers import (
     Head,
-    LiveTeacher,
+    MixedTeachers,
     SampledTeacher,
+    Teacher,
     TopKTeacher,
     against_draws,
-    against_live,
     against_top_k,
 )
 
@@ -50,6 +52,21 @@ class Walk:
 
     chunk_bytes: int = CHUNK_BYTES
     weight_gradient: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Cross-entropy as a share of a divergence's loss, from the same logits.
+
+    Args:
+        targets: int64 [M], an id wherever a token counts.
+        share: of the loss, between 0 and 1.
+        kind: label smoothing and z-loss. The temperature is 1.
+    """
+
+    targets: Tensor
+    share: float
+    kind: CrossEntropy = CrossEntropy()
 
 
 def cross_entropy(
@@ -84,16 +101,33 @@ def cross_entropy(
     return _walk(hidden, head, losses, (targets >= 0, weights, count), walk)
 
 
+def likelihood(
+    hidden: Tensor, head: Head, targets: Tensor, loss: TokenLoss, weights: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Sum over tokens, each times its weight, of a function of the target's log-probability; as `cross_entropy`.
+
+    `loss` gives the function's values and slopes; weights [M] hold whatever the sum is to be divided by.
+    """
+    _check(hidden, head, temperature, targets)
+    transform = LogitTransform(head.soft_cap, temperature)
+
+    def losses(raw: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        return of_likelihood(raw, targets[rows], rows, shares, transform, loss)
+
+    return _walk(hidden, head, losses, (targets >= 0, weights, 1), Walk())
+
+
 def distill(
     hidden: Tensor,
     head: Head,
-    teacher: LiveTeacher | TopKTeacher | SampledTeacher,
+    teacher: Teacher,
     count: float,
     divergence: Divergence = ForwardKL(),
     *,
     counted: Tensor | None = None,
     temperature: float = 1.0,
     weights: Tensor | None = None,
+    blend: Blend | None = None,
     walk: Walk = Walk(),
 ) -> Tensor:
     """Sum over tokens of the divergence from a teacher in nats, divided by count; gradients for the student alone.
@@ -107,15 +141,21 @@ def distill(
         counted: bool [M], tokens that count; None: all.
         temperature: what the logits of both are divided by. The loss is not multiplied by its square.
         weights: [M], what single tokens count for; None: 1.
+        blend: cross-entropy to be mixed in.
 
     Raises:
         UsageError: shapes do not fit, the temperature is not positive, or draws are to estimate another divergence.
     """
-    _check(hidden, head, temperature, teacher.hidden if isinstance(teacher, LiveTeacher) else teacher.ids)
+    live = live_ones(teacher)
+    for per_token in [one.hidden for one in live] or [teacher.ids]:  # type: ignore[union-attr]
+        _check(hidden, head, temperature, per_token)
     losses = _chunk_loss(teacher, divergence, head, temperature, product_dtype(hidden))
+    if blend is not None:
+        losses = _blended(losses, blend, LogitTransform(head.soft_cap))
     if counted is None:
         counted = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    return _walk(hidden, head, losses, (counted, weights, count), walk, heads=1 + isinstance(teacher, LiveTeacher))
+    heads = 1 + bool(live) + (blend is not None) + (MIXED_WIDTH if len(live) > 1 else 0)
+    return _walk(hidden, head, losses, (counted, weights, count), walk, heads)
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
@@ -149,7 +189,7 @@ def _check(hidden: Tensor, head: Head, temperature: float, per_token: Tensor) ->
 
 
 def _chunk_loss(
-    teacher: LiveTeacher | TopKTeacher | SampledTeacher,
+    teacher: Teacher,
     divergence: Divergence,
     head: Head,
     temperature: float,
@@ -157,13 +197,16 @@ def _chunk_loss(
 ) -> ChunkLoss:
     """What a chunk's logits are held against."""
     transform = LogitTransform(head.soft_cap, temperature)
-    if isinstance(teacher, LiveTeacher):
-        if len(teacher.head.weight) != len(head.weight):
-            sizes = f"the teacher knows {len(teacher.head.weight)} ids, the student {len(head.weight)}"
-            raise UsageError("these two cannot be compared", sizes, "distil between models of one tokenizer")
-        return _LiveLoss(teacher, divergence, transform, dtype)
+    if live := live_ones(teacher):
+        for one in live:
+            if len(one.head.weight) != len(head.weight):
+                sizes = f"the teacher knows {len(one.head.weight)} ids, the student {len(head.weight)}"
+                raise UsageError("these two cannot be compared", sizes, "distil between models of one tokenizer")
+        shares = teacher.shares if isinstance(teacher, MixedTeachers) else (1.0,)
+        return LiveLoss(live, shares, divergence, transform, dtype)
     if isinstance(teacher, TopKTeacher):
         return lambda raw, rows, shares: against_top_k(raw, teacher.rows(rows), shares, divergence, transform)
+    assert isinstance(teacher, SampledTeacher)
     if isinstance(divergence, ForwardKL):
         return lambda raw, rows, shares: against_draws(raw, teacher.rows(rows), shares, transform)
     raise UsageError(
@@ -171,24 +214,17 @@ def _chunk_loss(
     )
 
 
-class _LiveLoss:
-    """The chunk loss against a live teacher, whose logits have a buffer of their own."""
+def _blended(losses: ChunkLoss, blend: Blend, transform: LogitTransform) -> ChunkLoss:
+    """Both losses of a chunk, and the sum of their gradients."""
 
-    def __init__(
-        self, teacher: LiveTeacher, divergence: Divergence, student: LogitTransform, dtype: torch.dtype
-    ) -> None:
-        self.hidden = teacher.hidden.detach()
-        self.weight = teacher.head.weight.detach().to(dtype)
-        self.divergence = divergence
-        self.student, self.soft_cap = student, teacher.head.soft_cap
-        self.buffer: Tensor | None = None
+    def both(raw: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        other = raw.clone()
+        entropies = blend.kind.value_and_logit_gradient(other, blend.targets[rows], shares * blend.share, transform)
+        values = losses(raw, rows, shares * (1 - blend.share)) + entropies
+        raw += other
+        return values
 
-    def __call__(self, raw: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
-        if self.buffer is None:
-            self.buffer = large(torch.empty_like(raw))  # the first chunk is the largest
-        out = self.buffer[: len(rows)]
-        torch.mm(self.hidden[rows].to(self.weight.dtype), self.weight.t(), out=out)
-        return against_live(raw, out, shares, self.divergence, self.student, self.soft_cap)
+    return both
 
 
 def _walk(

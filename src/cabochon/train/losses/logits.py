@@ -10,12 +10,18 @@ ids; `write_gradient` writes that form. In float32, or float64 for raw logits in
 Dimension letters: C tokens of the chunk, V vocabulary, k ids of a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from cabochon.model.kernels import losses
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,16 @@ class LogitTransform:
         return (1 - torch.tanh(wide / self.soft_cap).square()) / self.temperature
 
 
+def fused(formula: Callable[P, T], raw: Tensor) -> Callable[P, T]:
+    """A formula over logits as one kernel where these are on a GPU: it walks over them once, not once an operation."""
+    return _compiled(formula) if raw.device.type == "cuda" else formula
+
+
+@cache
+def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(formula)
+
+
 def widened(x: Tensor) -> Tensor:
     """x in the precision that losses are computed in: float64 as it is, everything else as float32."""
     return x if x.dtype is torch.float64 else x.float()
@@ -48,7 +64,11 @@ def widened(x: Tensor) -> Tensor:
 def log_normaliser(raw: Tensor, transform: LogitTransform) -> Tensor:
     """log of the sum of exp(z) [C] of raw [C, V]."""
     done = losses.log_normaliser(raw, transform.soft_cap, transform.temperature)
-    return transform.apply(raw).logsumexp(1) if done is None else done
+    return fused(_log_normaliser, raw)(raw, transform) if done is None else done
+
+
+def _log_normaliser(raw: Tensor, transform: LogitTransform) -> Tensor:
+    return transform.apply(raw).logsumexp(1)
 
 
 def normaliser_of_rest(raw: Tensor, ids: Tensor, transform: LogitTransform) -> Tensor:
@@ -105,6 +125,12 @@ def _write_softmax(
     settings = transform.soft_cap, transform.temperature
     if losses.softmax_gradient_in_place(raw, *settings, normaliser, multiple, constant):
         return
+    fused(_softmax_gradient, raw)(raw, transform, normaliser, multiple, constant)
+
+
+def _softmax_gradient(
+    raw: Tensor, transform: LogitTransform, normaliser: Tensor, multiple: Tensor, constant: Tensor
+) -> None:
     gradient = transform.apply(raw).sub_(normaliser[:, None]).exp_()
     gradient.mul_(multiple[:, None]).add_(constant[:, None])
     raw.copy_(gradient.mul_(transform.slope(raw)))

@@ -1,6 +1,7 @@
 """Where a teacher's distribution comes from, and the loss of a chunk of student logits against it.
 
     LiveTeacher     hidden states and head of a model: its logits are made chunk by chunk beside the student's
+    MixedTeachers   several of these, whose probabilities are averaged
     TopKTeacher     its k likeliest ids with their probabilities; the others are one bucket
     SampledTeacher  draws from it, for an unbiased estimate of the forward KL
 
@@ -18,6 +19,7 @@ from cabochon.model.kernels import losses
 from cabochon.train.losses.divergences import Divergence, kernel_kind
 from cabochon.train.losses.logits import (
     LogitTransform,
+    fused,
     log_normaliser,
     normaliser_of_rest,
     picked,
@@ -40,6 +42,14 @@ class LiveTeacher:
 
     hidden: Tensor
     head: Head
+
+
+@dataclass(frozen=True)
+class MixedTeachers:
+    """Live teachers of the same M tokens, and the share that each one's probabilities have; shares add up to 1."""
+
+    teachers: tuple[LiveTeacher, ...]
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,9 @@ class SampledTeacher:
         return SampledTeacher(self.ids[rows], self.probabilities[rows], self.weights[rows])
 
 
+Teacher = LiveTeacher | MixedTeachers | TopKTeacher | SampledTeacher
+
+
 def against_live(
     raw: Tensor,
     teacher_raw: Tensor,
@@ -99,6 +112,17 @@ def against_live(
         done = losses.divergence_in_place(raw, teacher_raw, weights, kind, soft_caps, transform.temperature)
         if done is not None:
             return done
+    return fused(_against_live, raw)(raw, teacher_raw, weights, divergence, transform, teacher_cap)
+
+
+def _against_live(
+    raw: Tensor,
+    teacher_raw: Tensor,
+    weights: Tensor,
+    divergence: Divergence,
+    transform: LogitTransform,
+    teacher_cap: float | None,
+) -> Tensor:
     log_q = transform.apply(raw).log_softmax(1)
     log_p = LogitTransform(teacher_cap, transform.temperature).apply(teacher_raw).log_softmax(1)
     values, gradient = divergence.value_and_logit_gradient(log_p, log_q)
@@ -110,14 +134,18 @@ def against_top_k(
     raw: Tensor, teacher: TopKTeacher, weights: Tensor, divergence: Divergence, transform: LogitTransform
 ) -> Tensor:
     """Losses [C] of raw logits [C, V], which are replaced by their gradient, over k + 1 buckets."""
-    rest = normaliser_of_rest(raw, teacher.ids, transform)
-    buckets = torch.cat([picked(raw, teacher.ids, transform), rest[:, None]], dim=1)
-    log_p = with_rest(widened(teacher.probabilities)).log().to(buckets.dtype)
-    values, gradient = divergence.value_and_logit_gradient(log_p, buckets.log_softmax(1))
+    k = teacher.ids.shape[1]
+    probabilities, logits = widened(teacher.probabilities), picked(raw, teacher.ids, transform)
+    rest = torch.zeros_like(logits[:, 0])
+    if k < raw.shape[1]:  # otherwise nothing is left for a bucket
+        rest = normaliser_of_rest(raw, teacher.ids, transform)
+        logits, probabilities = torch.cat([logits, rest[:, None]], dim=1), with_rest(probabilities)
+    log_p = probabilities.log().to(logits.dtype)
+    values, gradient = divergence.value_and_logit_gradient(log_p, logits.log_softmax(1))
     gradient *= weights[:, None]
     # What the last bucket gets goes to its ids in the student's own proportions.
     softmax = rest, gradient[:, -1], torch.zeros_like(rest)
-    write_gradient(raw, transform, softmax, teacher.ids, gradient[:, :-1])
+    write_gradient(raw, transform, softmax, teacher.ids, gradient[:, :k])
     return weights * values
 
 
@@ -138,9 +166,9 @@ def against_draws(raw: Tensor, teacher: SampledTeacher, weights: Tensor, transfo
     log_p = widened(teacher.probabilities).to(log_q.dtype).log()
     values = torch.where(shares > 0, shares * (log_p - log_q), 0).sum(1)
     multiple = weights * shares.sum(1)
-    # An id drawn several times has all its shares at each of its places.
-    same = teacher.ids[:, :, None] == teacher.ids[:, None, :]
-    summed = (same * shares[:, None, :]).sum(2)
+    # An id drawn several times has all its shares at each of its places. One place after the other: all at once would
+    # take more memory than the logits of a small vocabulary.
+    summed = torch.stack([torch.where(teacher.ids == one[:, None], shares, 0).sum(1) for one in teacher.ids.T], dim=1)
     at_ids = multiple[:, None] * log_q.exp() - weights[:, None] * summed
     write_gradient(raw, transform, (normaliser, multiple, torch.zeros_like(multiple)), teacher.ids, at_ids)
     return weights * values
