@@ -1,18 +1,16 @@
 """A plan carried out: tensor after tensor, out of mapped files, into the shards of a new folder.
 
-Blocks of a few MB are read, merged and written by a pool of threads, so memory does not grow with the models. What has
-been written is forced to the disk behind the back of the merging, and only then noted as done: a merge that is killed,
-or finds the disk full, goes on from there when it is started again.
+Blocks of a few MB are read and merged by a pool of threads, so memory does not grow with the models; `output.py` has
+them written behind the back of the merging, and notes what is done: a merge that is killed, or finds the disk full,
+goes on from there when it is started again.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -22,18 +20,15 @@ from cabochon.base.errors import BadInput, MissingResource
 from cabochon.base.files import resumable_folder
 from cabochon.merge.config import ModelRef
 from cabochon.merge.embeddings import embeddings
-from cabochon.merge.methods.blocks import Sink, Whole, fitting
+from cabochon.merge.methods.blocks import Sink, Whole, into
 from cabochon.merge.methods.method import merge
+from cabochon.merge.output import Output, opened
 from cabochon.merge.plan import EMBEDDING, Job, Operand, Plan
 from cabochon.merge.rows import whole_of_rows
 from cabochon.merge.sources import Opened
 from cabochon.merge.vocabulary import Vocabulary
 from cabochon.weights.names import to_hf
-from cabochon.weights.save import SHARD_BYTES, Entry, check_replaces_a_model, file_header, shards, write_documents
-
-_force_data = getattr(os, "fdatasync", os.fsync)  # macOS has only the second
-COMMIT_BYTES = 1 << 28  # written between two notes of what is done: a second's work
-_DONE = ".done"  # the notes: a line of JSON names each time
+from cabochon.weights.save import SHARD_BYTES, check_replaces_a_model, write_documents
 
 
 def execute(
@@ -68,18 +63,13 @@ def execute(
     check_replaces_a_model(folder)
     try:
         with resumable_folder(folder, key, overwrite=overwrite) as work, ExitStack() as stack:
-            run = stack.enter_context(workers(threads))
-            output = stack.enter_context(_output(work, plan, shard_bytes))
-            for stage, following in _with_next(plan.stages()):
-                for job in following:
-                    for operand in () if job.name in output.done else job.inputs:
-                        models[operand.model].announce(operand.name)
-                _merge_stage(plan, stage, models, output, run)
-                report(sum(torch.Size(job.shape).numel() for job in stage) * plan.dtype.itemsize)
+            output = stack.enter_context(opened(work, plan, shard_bytes))
+            run = stack.enter_context(workers(threads))  # ends first
+            _merge_all(plan, models, output, run, report)
             output.commit()
-            write_documents(work, plan.shape, plan.dtype, output.placed, None)
+            write_documents(work.folder, plan.shape, plan.dtype, output.placed, None)
             for name, content in (files or {}).items():
-                (work / name).write_bytes(content)
+                (work.folder / name).write_bytes(content)
     except OSError as error:
         raise MissingResource(
             f"{folder} was not written",
@@ -88,8 +78,43 @@ def execute(
         ) from None
 
 
+def execute_in_memory(
+    plan: Plan, models: Mapping[ModelRef, Opened], out: Mapping[str, Tensor], *, threads: int = 0
+) -> None:
+    """Merge into tensors of the plan's shapes, float of any type, by our names; else as `execute`. Nothing is written.
+
+    Raises `BadInput` as `execute`; some of the tensors are then merged.
+    """
+    with workers(threads) as run:
+        _merge_all(plan, models, _Memory(out), run, lambda _: None)
+
+
+def _merge_all(
+    plan: Plan,
+    models: Mapping[ModelRef, Opened],
+    output: "Output | _Memory",
+    run: Callable[..., Any],
+    report: Callable[[int], None],
+) -> None:
+    def announce(stage: list[Job]) -> None:
+        for job in stage:
+            for operand in () if job.name in output.done else job.inputs:
+                models[operand.model].announce(operand.name)
+
+    with ThreadPoolExecutor(1) as reader:  # a thread of its own: the system returns only when most of it is read
+        reader.submit(announce, next(plan.stages()))
+        for stage, following in _with_next(plan.stages()):
+            reader.submit(announce, following)
+            _merge_stage(plan, stage, models, output, run)
+            report(sum(torch.Size(job.shape).numel() for job in stage) * plan.dtype.itemsize)
+
+
 def _merge_stage(
-    plan: Plan, stage: list[Job], models: Mapping[ModelRef, Opened], output: "_Output", run: Callable[..., Any]
+    plan: Plan,
+    stage: list[Job],
+    models: Mapping[ModelRef, Opened],
+    output: "Output | _Memory",
+    run: Callable[..., Any],
 ) -> None:
     """Merge tensors that belong together, unless they are done."""
     todo = [job for job in stage if job.name not in output.done]
@@ -101,7 +126,8 @@ def _merge_stage(
         measured = sum(method.measure(wholes[job.name], job.settings) for job in stage)
     for job in todo:
         try:
-            merge(method, wholes[job.name], job.settings, output.sink(job.name), measured=measured)
+            sink = output.sink(job.name)
+            merge(method, wholes[job.name], job.settings, sink, measured=measured, dtype=plan.dtype)
         except BadInput as error:
             raise BadInput(f"{to_hf(job.name)}: {error.what}", error.cause, error.hint) from None
         for operand in job.inputs:
@@ -128,108 +154,17 @@ def _whole(
     return Whole(tuple(tensor(o) for o in job.operands), base, run=run, names=names)
 
 
-class _Output:
-    """The shards on the disk, and the notes of which tensors in them are done."""
+class _Memory:
+    """Tensors instead of shards."""
 
-    def __init__(self, work: Path, plan: Plan, shard_bytes: int, committer: ThreadPoolExecutor) -> None:
-        entries = {job.name: Entry(to_hf(job.name), job.shape, tuple) for job in plan.jobs}
-        self.placed = shards(entries.values(), plan.dtype, shard_bytes)
-        self._dtype, self._committer, self._commits = plan.dtype, committer, list[Future[None]]()
-        self._files: dict[str, int] = {}
-        self._turn = Lock()  # of writing: the system has one for each file, and burns a core in waiting for it
-        self._places: dict[str, tuple[int, int, int]] = {}  # our name: descriptor, offset, bytes
-        ours = {entry.name: name for name, entry in entries.items()}
-        fresh = False
-        for file, held in self.placed.items():
-            header = file_header(held, plan.dtype)
-            size = len(header) + sum(entry.nbytes(plan.dtype) for entry in held)
-            fresh |= self._open(work / file, header, size)
-            offset = len(header)
-            for entry in held:
-                self._places[ours[entry.name]] = (self._files[file], offset, entry.nbytes(plan.dtype))
-                offset += entry.nbytes(plan.dtype)
-        self._notes = os.open(work / _DONE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        if fresh:
-            os.ftruncate(self._notes, 0)
-        self.done = _read_notes(work / _DONE)
-        self._pending: list[str] = []
-
-    def _open(self, path: Path, header: bytes, size: int) -> bool:
-        """Open a shard, and make it unless it is there as it has to be. Gives whether it was made."""
-        descriptor = self._files[path.name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if os.fstat(descriptor).st_size == size and os.pread(descriptor, len(header), 0) == header:
-            return False
-        os.ftruncate(descriptor, 0)
-        os.ftruncate(descriptor, size)
-        _write_at(descriptor, memoryview(header), 0)
-        return True
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors, self.done = tensors, frozenset[str]()
 
     def sink(self, name: str) -> Sink:
-        """Where the blocks of a tensor go. It may be called from several threads."""
-        descriptor, offset, _ = self._places[name]
-        dtype = self._dtype
-
-        def put(start: int, values: Tensor) -> None:
-            ready = fitting(values, dtype).contiguous().view(-1).view(torch.uint8)
-            with self._turn:
-                _write_at(descriptor, ready.numpy().data, offset + start * dtype.itemsize)
-
-        return put
+        return into(self._tensors[name])
 
     def finished(self, name: str) -> None:
-        """Note a tensor as done, soon."""
-        self._pending.append(name)
-        if sum(self._places[name][2] for name in self._pending) >= COMMIT_BYTES:
-            self._commit_behind()
-
-    def commit(self) -> None:
-        """Wait until all that is finished is on the disk and noted. Raises `OSError` when it cannot be."""
-        self._commit_behind()
-        for commit in self._commits:
-            commit.result()
-
-    def _commit_behind(self) -> None:
-        names, self._pending = self._pending, []
-        self._commits.append(self._committer.submit(self._force, names))
-
-    def _force(self, names: list[str]) -> None:
-        # The system tells once that data was lost, whoever's it was: after that nothing more can be called done.
-        if any(commit.done() and commit.exception() for commit in self._commits):
-            return
-        for descriptor in {self._places[name][0] for name in names}:
-            _force_data(descriptor)
-        os.write(self._notes, json.dumps(names).encode() + b"\n")
-        _force_data(self._notes)
-
-    def close(self) -> None:
-        for descriptor in (*self._files.values(), self._notes):
-            os.close(descriptor)
-
-
-@contextmanager
-def _output(work: Path, plan: Plan, shard_bytes: int) -> Iterator[_Output]:
-    with ThreadPoolExecutor(1) as committer:
-        output = _Output(work, plan, shard_bytes, committer)
-        try:
-            yield output
-        finally:
-            committer.shutdown()
-            output.close()
-
-
-def _read_notes(path: Path) -> set[str]:
-    """The names in the notes; a last line that was cut off says nothing."""
-    names: set[str] = set()
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            names.update(json.loads(line))
-    return names
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while len(data):
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+        """Nothing has to be noted."""
 
 
 @contextmanager

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cabochon.merge.methods.blocks import BLOCK, Block, Whole
-
-# Gives rows from start up to, without, stop as float32 [r, C]; called from several threads.
-Rows = Callable[[int, int], Tensor]
+from cabochon.merge.methods.blocks import BLOCK, Whole
+from cabochon.weights.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -18,10 +16,8 @@ class _Made(Whole):
 
     makers: tuple[Rows, ...] = ()  # of `inputs`, in their order
 
-    def load(self, rows: range) -> Block:
-        made = [make(rows.start, rows.stop) for make in self.makers]
-        base = None if self.base is None else made.pop()
-        return Block(tuple(made), base, rows.start * self.columns)
+    def stored(self, rows: range) -> list[Tensor]:
+        return [make(rows.start, rows.stop) for make in self.makers]
 
 
 def whole_of_rows(
@@ -37,10 +33,3 @@ def whole_of_rows(
     nothing = torch.empty(tuple(shape), device="meta")
     makers = (*models, base) if base else tuple(models)
     return _Made((nothing,) * len(models), nothing if base else None, run, block, names, makers)
-
-
-def stored_rows(tensor: Tensor) -> Rows:
-    """The rows of a tensor as it is; one with a single dimension is one row."""
-    columns = tensor.shape[-1] if tensor.dim() else 1
-    flat = tensor.reshape(-1, columns)
-    return lambda start, stop: flat[start:stop].to(torch.float32)

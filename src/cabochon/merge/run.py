@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from cabochon.base.errors import BadInput
 from cabochon.base.files import unfinished_bytes
@@ -11,7 +13,7 @@ from cabochon.base.version import package_version
 from cabochon.merge.card import card
 from cabochon.merge.config import MergeConfig, ModelRef
 from cabochon.merge.diagnose import Diagnosis, diagnose
-from cabochon.merge.execute import execute, workers
+from cabochon.merge.execute import execute, execute_in_memory, workers
 from cabochon.merge.plan import Plan, plan
 from cabochon.merge.sources import Opened, Tensors, open_models
 from cabochon.merge.template import with_chat_template
@@ -30,10 +32,14 @@ class Merge:
     plan: Plan
     seed: int = 0
     vocabulary: Vocabulary | None = None  # of the output, where the configuration asks for one
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)  # files of the output's tokenizer, by name
 
     @classmethod
     def prepare(cls, config: MergeConfig, *, seed: int = 0, token: str | None = None, offline: bool = False) -> "Merge":
-        """Find the models, fetching those on the Hub, and lay the merge out. Raises as `open_models` and `plan`."""
+        """Find the models, fetching those on the Hub, and lay the merge out.
+
+        Raises as `open_models` and `plan`, and `BadInput` for tokenizers or a chat template that cannot be used.
+        """
         models = open_models(config.models(), token=token, offline=offline)
         vocabulary = None
         if config.tokenizer:
@@ -42,7 +48,11 @@ class Merge:
             known = models | open_models(outside, token=token, offline=offline)
             folders = {ref: (model.folder, model.config.vocab_size) for ref, model in known.items()}
             vocabulary = align(read_tokenizers(folders, config.base), config.tokenizer, config.base)
-        return cls(config, models, plan(config, models, seed=seed, vocabulary=vocabulary), seed, vocabulary)
+        planned = plan(config, models, seed=seed, vocabulary=vocabulary)
+        donor = models[config.base or config.models()[0]]
+        files = vocabulary.files if vocabulary else tokenizer_files(donor.folder)
+        tokenizer, notes = with_chat_template(files, config.chat_template, list(models.values()))
+        return cls(config, models, replace(planned, notes=(*planned.notes, *notes)), seed, vocabulary, tokenizer)
 
     def write(
         self,
@@ -59,18 +69,12 @@ class Merge:
         `hashes` puts the SHA-256 of large weight files into the card, too, which takes seconds for each.
         """
         text = card(out.resolve().name, self.config, self.plan, self.models, seed=self.seed, hashes=hashes)
-        donor = self.models[self.config.base or self.config.models()[0]]
-        tokenizer = self.vocabulary.files if self.vocabulary else tokenizer_files(donor.folder)
-        files = {
-            **with_chat_template(tokenizer, self.config.chat_template, list(self.models.values())),
-            "README.md": text.encode(),
-            CONFIG_FILE: self.config.text.encode(),
-        }
+        files = {**self.tokenizer, "README.md": text.encode(), CONFIG_FILE: self.config.text.encode()}
         execute(
             self.plan,
             self.models,
             out,
-            key=self._key(shard_bytes),
+            key=self.key(str(shard_bytes)),
             files=files,
             threads=threads,
             shard_bytes=shard_bytes,
@@ -103,12 +107,23 @@ class Merge:
         with workers(threads) as run:
             return diagnose(Tensors(base), named, density=density, run=run, done=done)
 
+    def changed(self, config: MergeConfig) -> "Merge":
+        """The same models merged as another configuration of them says. Raises as `plan`."""
+        planned = plan(config, self.models, seed=self.seed, vocabulary=self.vocabulary)
+        return replace(self, config=config, plan=planned)
+
+    def into(self, tensors: Mapping[str, Tensor], *, threads: int = 0) -> None:
+        """Merge into tensors in memory; as `execute_in_memory`."""
+        execute_in_memory(self.plan, self.models, tensors, threads=threads)
+
     def missing_bytes(self, out: Path) -> int:
         """Bytes that the disk still has to find room for, given what an unfinished merge left."""
         return max(0, self.plan.nbytes - unfinished_bytes(out))
 
-    def _key(self, shard_bytes: int) -> str:
-        """What the bytes of the output depend on, as one word: unfinished work with another one is of no use."""
+    def key(self, also: str = "") -> str:
+        """What the values of the output depend on, and something more, as one word: what was made of other things is
+        of no use.
+        """
         states = [line for model in self.models.values() for line in model.identity()]
-        told = "\n".join([package_version(), repr(self.config), str(self.seed), str(shard_bytes), *states])
+        told = "\n".join([package_version(), repr(self.config), str(self.seed), also, *states])
         return hashlib.sha256(told.encode()).hexdigest()

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 from cabochon.base.errors import UsageError, nearest
 from cabochon.base.plot import Series, heat_map, line_plot
+from cabochon.merge.axes import Axis
 from cabochon.merge.diagnose import Diagnosis, Measured, place
+from cabochon.merge.sweep import Point
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,9 +72,38 @@ def heat(diagnosis: Diagnosis, measure: str = "angle") -> str:
     return heat_map(cells, [str(n) for n in layers], kinds, title=title, description=told, unit=unit, row_label="layer")
 
 
-def sweep(points: Sequence[tuple[float, float, str]], *, title: str, x_label: str, y_label: str) -> str:
-    """An SVG of what a merge scores (y) over a setting of it (x), such as eta or t; a label for each point."""
-    return line_plot([Series("", sorted(points))], title=title, x_label=x_label, y_label=y_label)
+def swept_table(axes: Sequence[Axis], points: Sequence[Point], best: Point | None = None) -> "Table":
+    """A rich table with a row for every point of a sweep, and a mark at the best."""
+    from rich.table import Table
+
+    made = Table()
+    for name in (*axes, *(points[0].scores if points else ())):
+        made.add_column(str(name).replace("_", " "), justify="right")
+    made.add_column("")
+    for point in points:
+        cells = [f"{value:g}" for value in point.values] + [f"{score:.5g}" for score in point.scores.values()]
+        made.add_row(*cells, "best" if point is best else "")
+    return made
+
+
+def sweep(axes: Sequence[Axis], points: Sequence[Point], score: str, *, title: str) -> str:
+    """An SVG of one score over the values of a parameter, or over those of two as a map."""
+    label = score.replace("_", " ")
+    if len(axes) == 1:
+        curve = sorted((point.values[0], point.scores[score], f"{point.scores[score]:.4g}") for point in points)
+        return line_plot([Series("", curve)], title=title, x_label=str(axes[0]), y_label=label)
+    found = {point.values: point.scores[score] for point in points}
+    rows, columns = axes
+    cells = [[found.get((y, x)) for x in columns.values] for y in rows.values]
+    return heat_map(
+        cells,
+        [f"{value:g}" for value in rows.values],
+        [f"{columns} = {value:g}" for value in columns.values],
+        title=title,
+        description=f"{label} for {len(rows.values)} values of {rows} and {len(columns.values)} of {columns}",
+        row_label=str(rows),
+        show=lambda value: f"{value:.4g}",
+    )
 
 
 def _title(diagnosis: Diagnosis) -> str:

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cabochon.base.errors import BadInput, MissingResource
+from cabochon.base.errors import BadInput
 from cabochon.base.files import sha256
-from cabochon.merge.adapters import Adapter, read_adapter
 from cabochon.merge.config import ModelRef
-from cabochon.merge.rows import Rows, stored_rows
 from cabochon.model.config import Gemma2Config
-from cabochon.weights.hub import resolve
+from cabochon.weights.adapters import Adapter, read_adapter
+from cabochon.weights.hub import adapter_folder, resolve
 from cabochon.weights.mapped import MappedFile, MappedTensor
 from cabochon.weights.names import to_hf
 from cabochon.weights.read import TORCH
+from cabochon.weights.rows import Rows, stored_rows
 from cabochon.weights.verify import Checked, verify
 
 # What two models have to share beside the sizes of their tensors, or their weights mean different things.
@@ -122,7 +122,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def open_models(refs: Iterable[ModelRef], *, token: str | None = None, offline: bool = False) -> dict[ModelRef, Opened]:
-    """Find, check and map models, fetching those that are on the Hub.
+    """Find, check and map models and their adapters, fetching those that are on the Hub.
 
     Raises `BadInput` and `MissingResource` as `verify` and `resolve` do, and `BadInput` for quantised weights.
     """
@@ -139,19 +139,9 @@ def _open(ref: ModelRef, token: str | None, offline: bool) -> Opened:
             f"its weights are quantised ({bits} bits): rounding errors would be merged with the weights",
             "merge the models that it was made from, then quantise the result (cabochon quantize)",
         )
-    adapter = _adapter(ref, checked.config) if ref.adapter else None
+    found = adapter_folder(ref.adapter, ref.adapter_revision, token=token, offline=offline) if ref.adapter else None
+    adapter = read_adapter(found, checked.config) if found else None
     return Opened(ref, folder, checked, {path: MappedFile(path) for path in checked.files}, adapter)
-
-
-def _adapter(ref: ModelRef, config: Gemma2Config) -> Adapter:
-    folder = Path(str(ref.adapter)).expanduser()
-    if not folder.is_dir():
-        raise MissingResource(
-            f"no adapter in {ref.adapter}",
-            "there is no such folder; adapters are read from folders only",
-            f"hf download {ref.adapter} --local-dir FOLDER, and name the folder behind the +",
-        )
-    return read_adapter(folder, config)
 
 
 def refuse_other_architectures(models: Iterable[Opened]) -> list[str]:

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cabochon.base.errors import BadInput
-from cabochon.merge.methods.blocks import Block
+from cabochon.merge.methods.blocks import Block, Combination
 from cabochon.merge.methods.method import Apply, Method, Parameter, Settings
 
 SUM_IS_ZERO = 1e-8
@@ -17,21 +16,7 @@ SUM_IS_ZERO = 1e-8
 
 def combine(coefficients: Sequence[float], base: float = 0.0) -> Apply:
     """The sum over models of coefficient times tensor, plus the base with its own, in float32."""
-    return partial(_combine, tuple(coefficients), base)
-
-
-def _combine(coefficients: Sequence[float], base: float, block: Block) -> Tensor:
-    total: Tensor | None = None
-    terms = [*zip(block.tensors, coefficients, strict=True)]
-    if base:
-        terms.append((block.origin, base))
-    for tensor, coefficient in terms:
-        if total is None:
-            total = torch.mul(tensor, coefficient)
-        else:
-            total.add_(tensor, alpha=coefficient)
-    assert total is not None
-    return total
+    return Combination((*coefficients, base) if base else tuple(coefficients))
 
 
 def around(coefficients: Sequence[float]) -> Apply:
@@ -47,7 +32,7 @@ def around(coefficients: Sequence[float]) -> Apply:
 
 def _around(coefficients: Sequence[float], block: Block) -> Tensor:
     if block.base is None:
-        return _combine(coefficients, 0.0, block)
+        return Combination(tuple(coefficients))(block)
     total = block.base.clone()
     for tensor, coefficient in zip(block.tensors, coefficients, strict=True):
         total.add_(tensor - block.base, alpha=coefficient)

@@ -4,34 +4,48 @@ R and C are the rows and columns of a tensor: one with a single dimension is one
 last as its columns.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from cabochon.base.errors import BadInput
+from cabochon.model.kernels.vectors import weighted_sum
 
 T = TypeVar("T")
-# Takes rows of the output, float32 [r, C]: from which element of the flattened tensor on, and the values.
+# Takes rows of the output, float32 [r, C] or as `Whole.write` says: from which element of the flattened tensor on, and
+# the values.
 Sink = Callable[[int, Tensor], None]
 Run = Callable[[Callable[[range], T], Iterable[range]], Iterable[T]]
 
-# Elements of a block. In float32 a block of each of two models and of a result stay in the second-level cache.
-BLOCK = 1 << 18
+# Elements of a block. Smaller ones stay in a core's cache, but then Python, which runs one thread at a time, is what
+# takes time: `dare_ties` takes 26 s with a quarter of this, 15 with this, 20 with twice as many.
+BLOCK = 1 << 20
 
 # Sums of floats depend on where they are cut, so whoever sums over blocks cuts here, whatever the caller's blocks.
-MEASURED_BLOCK = 1 << 18
+MEASURED_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Block:
-    """The same rows of all inputs, in float32 [r, C]. They may be views of files: never write into them."""
+    """The same rows of all inputs, [r, C]. They may be views of files: never write into them."""
 
-    tensors: tuple[Tensor, ...]
-    base: Tensor | None
+    models: tuple[Tensor, ...]  # as they are stored
+    root: Tensor | None  # the base, likewise
     start: int  # index of the first element in the flattened tensor
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The models in float32."""
+        return tuple(tensor.to(torch.float32) for tensor in self.models)
+
+    @cached_property
+    def base(self) -> Tensor | None:
+        """The base in float32."""
+        return None if self.root is None else self.root.to(torch.float32)
 
     @property
     def origin(self) -> Tensor:
@@ -40,8 +54,27 @@ class Block:
         return self.base
 
     def deltas(self) -> list[Tensor]:
-        """Task vectors: each model minus the base, float32 [r, C]; the models themselves without a base."""
-        return [t if self.base is None else t - self.base for t in self.tensors]
+        """Task vectors, new ones: each model minus the base, float32; the models themselves without a base."""
+        if self.root is None:
+            return list(self.tensors)
+        return [weighted_sum((model, self.root), (1.0, -1.0))[0] for model in self.models]
+
+    def added_to_base(self, delta: Tensor, scale: float) -> Tensor:
+        """scale * delta + base, float32."""
+        assert self.root is not None
+        return weighted_sum((delta, self.root), (scale, 1.0))[0]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A sum of models, and of the base if it has a coefficient, last; made in one pass from what is stored."""
+
+    coefficients: tuple[float, ...]
+
+    def __call__(self, block: Block) -> Tensor:
+        """The sum in float32 [r, C]."""
+        inputs = block.models if block.root is None else (*block.models, block.root)
+        return weighted_sum(inputs[: len(self.coefficients)], self.coefficients)[0]
 
 
 @dataclass(frozen=True)
@@ -93,29 +126,41 @@ class Whole:
         step = max(1, self.block // max(1, self.columns))
         return (range(first, min(first + step, rows)) for first in range(0, rows, step))
 
-    def load(self, rows: range) -> Block:
-        """Some rows of every input as float32."""
-        tensors = tuple(self._rows(tensor, rows) for tensor in self.tensors)
-        base = None if self.base is None else self._rows(self.base, rows)
-        return Block(tensors, base, rows.start * self.columns)
+    def stored(self, rows: range) -> list[Tensor]:
+        """Some rows [r, C] of every input as they are, usually views of files."""
+        return [tensor.reshape(-1, self.columns)[rows.start : rows.stop] for tensor in self.inputs]
 
-    def _rows(self, tensor: Tensor, rows: range) -> Tensor:
-        return tensor.reshape(-1, self.columns)[rows.start : rows.stop].to(torch.float32)
+    def load(self, rows: range) -> Block:
+        """Some rows of every input, for a method."""
+        models = self.stored(rows)
+        root = None if self.base is None else models.pop()
+        return Block(tuple(models), root, rows.start * self.columns)
 
     def map(self, function: Callable[[Block], T]) -> Iterable[T]:
-        """Call a function with each block, perhaps in threads; the results come in the order of the blocks."""
+        """Call a function with each block, perhaps in threads; the results come in the order of the blocks.
+
+        Give plain numbers, not small tensors: one that stays behind lies where the memory of a block was freed, so that
+        the next block no longer fits there.
+        """
         results: Iterable[T] = self.run(lambda rows: function(self.load(rows)), self.blocks())  # type: ignore[assignment]
         return results
 
-    def write(self, apply: Callable[[Block], Tensor], sink: Sink) -> None:
-        """Hand what a function makes of each block to a sink. Raises `BadInput` for values that are not finite."""
+    def write(self, apply: Callable[[Block], Tensor], sink: Sink, dtype: torch.dtype = torch.float32) -> None:
+        """Hand what a function makes of each block to a sink, which gets bfloat16 where that is the `dtype` it wants.
+
+        Raises `BadInput` for values that are not finite.
+        """
+        wanted = dtype if dtype is torch.bfloat16 else torch.float32
 
         def one(rows: range) -> None:
-            block = self.load(rows)
-            result = apply(block)
-            if not torch.isfinite(result.sum()):
-                self._refuse(block, result)
-            sink(block.start, result)
+            if isinstance(apply, Combination):
+                used = self.stored(rows)[: len(apply.coefficients)]
+                result, finite = weighted_sum(used, apply.coefficients, wanted)
+            else:
+                result, finite = weighted_sum([apply(self.load(rows)).contiguous()], [1.0], wanted)
+            if not finite:
+                self._refuse(self.load(rows), result)
+            sink(rows.start * self.columns, result)
 
         for _ in self.run(one, self.blocks()):
             pass
@@ -128,6 +173,11 @@ class Whole:
             refuse_unless_finite(tensor, name)
         if not torch.isfinite(result).all():
             raise BadInput("the merge is not finite", "its values leave float32", "use smaller weights")
+
+
+def sums(parts: Iterable[Sequence[float]] | Iterable[Sequence[Sequence[float]]]) -> Tensor:
+    """What blocks gave, added up in order; float64."""
+    return torch.tensor(list(parts), dtype=torch.float64).sum(0)
 
 
 def into(out: Tensor) -> Sink:

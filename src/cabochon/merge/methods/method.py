@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from cabochon.base.errors import BadInput, nearest
@@ -140,19 +141,29 @@ def bind(
             f"it needs {allowed}",
             "change the list of models, or choose another merge method",
         )
-    known = {parameter.name for parameter in method.parameters}
+    return filled(method.name, method.parameters, shared, per_model, seed=seed)
+
+
+def filled(
+    name: str,
+    parameters: Sequence[Parameter],
+    shared: Mapping[str, Any],
+    per_model: Sequence[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+) -> Settings:
+    """Settings of a method of this name with these parameters; else as `bind`, for any number of models."""
+    known = {parameter.name for parameter in parameters}
     for given in (shared, *per_model):
-        for name in given.keys() - known:
-            close = nearest(name, known)
+        for unknown in given.keys() - known:
+            close = nearest(unknown, known)
             hint = f"did you mean {close}?" if close else f"it has: {', '.join(sorted(known)) or 'no parameters'}"
-            raise BadInput(f"{method.name} has no parameter {name}", "the name is unknown", hint)
-    single = {p.name: _value(p, shared, method.name) for p in method.parameters if not p.per_model}
+            raise BadInput(f"{name} has no parameter {unknown}", "the name is unknown", hint)
+    single = {p.name: _value(p, shared, name) for p in parameters if not p.per_model}
     several = {
-        p.name: tuple(_value(p, {**shared, **own}, method.name) for own in per_model)
-        for p in method.parameters
-        if p.per_model
+        p.name: tuple(_value(p, {**shared, **own}, name) for own in per_model) for p in parameters if p.per_model
     }
-    return Settings(method.name, len(per_model), single, several, seed)
+    return Settings(name, len(per_model), single, several, seed)
 
 
 def _value(parameter: Parameter, given: Mapping[str, Any], method: str) -> Any:
@@ -172,11 +183,19 @@ def tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
 
 
-def merge(method: Method, whole: Whole, settings: Settings, out: Tensor | Sink, *, measured: Any = None) -> None:
+def merge(
+    method: Method,
+    whole: Whole,
+    settings: Settings,
+    out: Tensor | Sink,
+    *,
+    measured: Any = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Merge one tensor into `out`: a tensor of the same shape and any float type, or a sink that takes its blocks.
 
     `measured` is what `method.measure` gave, added up over a layer for methods that are `per_layer`; left out, it is
-    measured here, from this tensor alone.
+    measured here, from this tensor alone. `dtype` is what a sink makes of its blocks.
 
     Raises `BadInput`: the inputs differ in shape, hold values that are not finite, or do not fit the type of `out`.
     """
@@ -188,4 +207,5 @@ def merge(method: Method, whole: Whole, settings: Settings, out: Tensor | Sink, 
         return
     if measured is None and method.measure is not None:
         measured = method.measure(whole, settings)
-    whole.write(method.prepare(settings, measured), into(out) if isinstance(out, Tensor) else out)
+    sink, dtype = (into(out), out.dtype) if isinstance(out, Tensor) else (out, dtype)
+    whole.write(method.prepare(settings, measured), sink, dtype)

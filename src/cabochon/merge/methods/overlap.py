@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from cabochon.merge.methods.blocks import MEASURED_BLOCK, Block, Whole
+from cabochon.merge.methods.blocks import MEASURED_BLOCK, Block, Whole, sums
 from cabochon.merge.methods.method import Apply, Method, Parameter, Settings
 from cabochon.merge.methods.ranks import Cut, cuts, magnitude_keys
 from cabochon.merge.methods.sparsify import largest
@@ -55,10 +55,10 @@ def _sce_measure(whole: Whole, settings: Settings) -> Selected:
             return Selected(None, True, (0.0,) * settings.models)
         cut = cuts(whole, lambda block: [magnitude_keys(variance(block))], [[count]])[0][0]
 
-    def squares(block: Block) -> Tensor:
-        return torch.stack([delta.double().square().sum() for delta in _selected(block, cut)])
+    def squares(block: Block) -> list[float]:
+        return [delta.double().square().sum().item() for delta in _selected(block, cut)]
 
-    total = torch.stack(list(replace(whole, block=MEASURED_BLOCK).map(squares))).sum(0)
+    total = sums(replace(whole, block=MEASURED_BLOCK).map(squares))
     every = total.sum()
     weights = total / every if every > 0 else torch.full_like(total, 1 / settings.models)
     return Selected(cut, False, tuple(weights.tolist()))
@@ -114,12 +114,12 @@ def _ram_plus_measure(whole: Whole, settings: Settings) -> tuple[float, ...]:
     """For each model the factor on changes that are its own alone."""
     r, alpha, epsilon = (settings.shared[name] for name in ("r", "alpha", "epsilon"))
 
-    def counts(block: Block) -> Tensor:
+    def counts(block: Block) -> list[list[float]]:
         deltas, count = _changes(block, epsilon)
         changed = [delta != 0 for delta in deltas]
-        return torch.tensor([[(c & (count > 1)).sum().item(), (c & (count == 1)).sum().item()] for c in changed])
+        return [[(c & (count > 1)).sum().item(), (c & (count == 1)).sum().item()] for c in changed]
 
-    total = torch.stack(list(whole.map(counts))).sum(0).tolist()
+    total = sums(whole.map(counts)).tolist()
     return tuple(1 + r * min(max(shared / max(single, epsilon), 0.0), alpha) for shared, single in total)
 
 

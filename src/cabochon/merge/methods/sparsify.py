@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from cabochon.base.errors import BadInput
-from cabochon.merge.methods.blocks import MEASURED_BLOCK, Block, Whole
+from cabochon.merge.methods.blocks import MEASURED_BLOCK, Block, Whole, sums
 from cabochon.merge.methods.method import Parameter, Settings
 from cabochon.merge.methods.ranks import Cut, cuts, magnitude_keys
+from cabochon.model.kernels.vectors import kept_where, magnitudes
 
 # From rows of a task vector, float32 [r, C], and the index of their first element, to the same with zeros.
 Thin = Callable[[Tensor, int], Tensor]
@@ -118,30 +119,23 @@ def random_bits(seed: int, model: int, start: int, count: int) -> Tensor:
     return torch.from_numpy(words.view(np.int16)[start % 4 :][:count])
 
 
-def random_mask(seed: int, model: int, start: int, probability: float | Tensor, shape: torch.Size) -> Tensor:
-    """Bit masks int32 of a shape: all ones with a probability, which is one number or a tensor, else all zeros.
+def by_chance(values: Tensor, start: int, seed: int, model: int, probability: float | Tensor) -> Tensor:
+    """Elements of rows float32 [r, C] that are kept with a probability, one number or a tensor [r, C], and zeros.
 
-    Probabilities are met to 1/65,536. Whole numbers, because masks of booleans are many times slower to apply.
+    The probability is met to 1/65,536. What is not finite stays so, to be found.
     """
-    bits = random_bits(seed, model, start, shape.numel()).view(shape)
+    bits = random_bits(seed, model, start, values.numel())
     if isinstance(probability, Tensor):
-        uniform = bits.float().add_(0.5 + 2**15).mul_(2.0**-16)
-        return uniform.sub_(probability).view(torch.int32) >> 31  # the sign
-    below = round(probability * 2**16) - 2**15
-    return bits.int().sub_(below).bitwise_right_shift_(31)
-
-
-def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    return (values.contiguous().view(torch.int32) & mask).view(torch.float32)
-
-
-def _drop(values: Tensor, start: int, seed: int, model: int, density: float) -> Tensor:
-    return _masked(values, random_mask(seed, model, start, density, values.shape))
+        uniform = bits.view(values.shape).float().add_(0.5 + 2**15).mul_(2.0**-16)
+        return values * (uniform < probability)
+    return kept_where(values.contiguous(), bits, round(probability * 2**16) - 2**15)
 
 
 def _random(_: Whole, settings: Settings) -> list[Thin]:
     def thin(model: int, density: float) -> Thin:
-        return everything if density >= 1 else partial(_drop, seed=settings.seed, model=model, density=density)
+        if density >= 1:
+            return everything
+        return partial(by_chance, seed=settings.seed, model=model, probability=density)
 
     return [thin(model, density) for model, density in enumerate(settings.per_model["density"])]
 
@@ -164,7 +158,7 @@ def keep_probabilities(values: Tensor, density: float, epsilon: float) -> Tensor
 
 def _drop_by_rank(values: Tensor, start: int, seed: int, model: int, density: float, epsilon: float) -> Tensor:
     chances = keep_probabilities(values, density, epsilon)
-    return _masked(values, random_mask(seed, model, start, chances, values.shape))
+    return by_chance(values, start, seed, model, chances)
 
 
 def _by_rank(_: Whole, settings: Settings) -> list[Thin]:
@@ -194,11 +188,11 @@ def restored(whole: Whole, thins: Sequence[Thin]) -> list[float]:
     As mergekit. DARE and DELLA divide by the probability of being kept instead, which is the same in expectation.
     """
 
-    def sums(block: Block) -> Tensor:
+    def before_and_after(block: Block) -> list[list[float]]:
         pairs = [(d, thin(d, block.start)) for d, thin in zip(block.deltas(), thins, strict=True)]
-        return torch.tensor([[values.abs().sum().item() for values in pair] for pair in pairs], dtype=torch.float64)
+        return [[magnitudes(values.contiguous()) for values in pair] for pair in pairs]
 
-    total = torch.stack(list(replace(whole, block=MEASURED_BLOCK).map(sums))).sum(0)
+    total = sums(replace(whole, block=MEASURED_BLOCK).map(before_and_after))
     return [before / after if min(before, after) >= NO_SUM else 1.0 for before, after in total.tolist()]
 
 

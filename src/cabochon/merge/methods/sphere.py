@@ -6,16 +6,18 @@ pass adds up. K is the number of vectors.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cabochon.base.errors import BadInput
 from cabochon.merge.methods.average import around, combine, normalized
-from cabochon.merge.methods.blocks import MEASURED_BLOCK, Block, Whole, refuse_unless_finite
+from cabochon.merge.methods.blocks import MEASURED_BLOCK, Block, Whole, refuse_unless_finite, sums
 from cabochon.merge.methods.method import Apply, Method, Parameter, Settings
+from cabochon.model.kernels.vectors import inner_products
 
 # mergekit's bounds: below this a vector has no direction, above this cosine SLERP is a straight line.
 NO_LENGTH = 1e-8
@@ -25,17 +27,22 @@ STRAIGHT = 0.9995
 COLINEAR = 1e-7
 
 
-def gram(whole: Whole, vectors: Callable[[Block], Sequence[Tensor]] = Block.deltas) -> Tensor:
-    """Inner products float64 [K, K] between the vectors that a function takes from each block.
+def gram(whole: Whole, *, weights: bool = False) -> Tensor:
+    """Inner products float64 [K, K] between task vectors, or between full weights: the base's, then the models'.
 
     Raises `BadInput` when one is not finite.
     """
 
-    def products(block: Block) -> Tensor:
-        flat = [vector.double().view(-1) for vector in vectors(block)]
-        return torch.stack([torch.dot(a, b) for i, a in enumerate(flat) for b in flat[: i + 1]])
+    def between_deltas(block: Block) -> list[float]:
+        return inner_products([delta.contiguous().view(-1) for delta in block.deltas()])
 
-    lower = torch.stack(list(replace(whole, block=MEASURED_BLOCK).map(products))).sum(0)
+    def between_weights(rows: range) -> list[float]:
+        *models, base = whole.stored(rows)
+        return inner_products([tensor.flatten() for tensor in (base, *models)])
+
+    cut = replace(whole, block=MEASURED_BLOCK)
+    parts: Any = cut.run(between_weights, cut.blocks()) if weights else cut.map(between_deltas)
+    lower = sums(parts)
     if not torch.isfinite(lower).all():
         for rows in whole.blocks():
             for number, tensor in enumerate(whole.load(rows).tensors, 1):
@@ -98,7 +105,10 @@ def _nuslerp_measure(whole: Whole, settings: Settings) -> Tensor | None:
         a, b = (vector.double() for vector in block.deltas())
         return torch.stack([(a * a).sum(0), (a * b).sum(0), (b * b).sum(0)])
 
-    return torch.stack(list(replace(whole, block=MEASURED_BLOCK).map(products))).sum(0)
+    total = torch.zeros(3, whole.columns, dtype=torch.float64)
+    for part in replace(whole, block=MEASURED_BLOCK).map(products):
+        total += part
+    return total
 
 
 def _nuslerp(settings: Settings, products: Tensor | None) -> Apply:
@@ -232,7 +242,7 @@ SLERP = Method(
     (Parameter("t"),),
     base="required",
     models=(1, 1),
-    measure=lambda whole, _: gram(whole, lambda block: (block.origin, *block.tensors)),
+    measure=lambda whole, _: gram(whole, weights=True),
 )
 NUSLERP = Method(
     "nuslerp",

@@ -54,6 +54,9 @@ def elected(terms: Sequence[Term], normalize: bool, block: Block) -> Tensor:
     With `normalize` divided by the weights of those that agree, so that weights of 1 give their mean. The vote is by
     weighted elements, as in mergekit; in the paper all weights are 1.
     """
+    if len(terms) == 1:  # nobody to outvote it
+        (term,), (delta,) = terms, block.deltas()
+        return term.thin(delta, block.start) * (term.scale / (term.weight or 1) if normalize else term.scale)
     scaled = [t.thin(d, block.start) * t.scale for t, d in zip(terms, block.deltas(), strict=True)]
     total = scaled[0].clone()
     for values in scaled[1:]:
@@ -102,9 +105,9 @@ def _prepare(settings: Settings, terms: list[Term] | None, consensus: bool) -> A
     used = terms or [Term(everything, w, w) for w in weights]
     normalize, scale = settings.shared["normalize"], settings.shared["lambda"]
     if consensus:
-        return lambda block: elected(used, normalize, block).mul_(scale).add_(block.origin)
+        return lambda block: block.added_to_base(elected(used, normalize, block), scale)
     scale = scale / _divisor(weights, settings.method) if normalize else scale
-    return lambda block: added(used, block).mul_(scale).add_(block.origin)
+    return lambda block: block.added_to_base(added(used, block), scale)
 
 
 def _method(
