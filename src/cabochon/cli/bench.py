@@ -79,8 +79,8 @@ def _print(name: str, loading: float, m: "Measured") -> None:
             (f"decode, {label}", f"{d.tokens_per_second:,.1f} tokens/s", f"{d.share_of_bandwidth:.0%} of memory")
         )
     rows.append(("weights", f"{m.weights_bytes / GIB:.2f} GiB", ""))
-    rows.append(("peak memory", f"{m.peak_memory / GIB:.2f} GiB", "of the whole process"))
-    rows.append(("bandwidth", f"{m.bandwidth / 1e9:.0f} GB/s", f"{m.threads} threads"))
+    rows.append(("peak memory", f"{m.peak_memory / GIB:.2f} GiB", "of the GPU" if m.gpu else "of the whole process"))
+    rows.append(("bandwidth", f"{m.bandwidth / 1e9:,.0f} GB/s", m.gpu or f"{m.threads} threads"))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=name)
     for row in rows:
         table.add_row(*row)

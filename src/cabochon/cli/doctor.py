@@ -47,6 +47,7 @@ def prove_all(device: str) -> dict[str, dict[str, list[str]]]:
     import torch
 
     from cabochon.model.attention import BACKENDS
+    from cabochon.model.kernels import cuda
     from cabochon.model.kernels.attend import as_backend
     from cabochon.model.kernels.native import library
     from cabochon.model.proof import failures
@@ -54,6 +55,12 @@ def prove_all(device: str) -> dict[str, dict[str, list[str]]]:
     backends = dict(BACKENDS)
     if device == "cpu" and library() is not None:
         backends["kernel"] = as_backend
+    elif device == "cuda":
+        del backends["native"]
+        if cuda.present():
+            from cabochon.model.kernels.cuda.attend import as_backend as on_gpu
+
+            backends["kernel"] = on_gpu
 
     def judge(name: str, dtype: torch.dtype) -> list[str]:
         kinds = {"with_softcap": name != "sdpa", "whole_texts_only": name == "kernel"}
@@ -133,7 +140,8 @@ def _rate(tokens: float) -> str:
 _USED = {
     "plain": "short prompts and single tokens",
     "blockwise": "long prompts on a CPU without the kernel, and training",
-    "kernel": "answering, on a CPU",
-    "flex": "prompts on a GPU",
+    "native": "training on a CPU",
+    "kernel": "answering",
+    "flex": "training on a GPU",
     "sdpa": "only with the soft cap turned off",
 }

@@ -2,13 +2,15 @@
 
 import json as json_format
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from cabochon.base.errors import MissingResource, UsageError
+from cabochon.base.errors import UsageError
+from cabochon.cli.merge_adapters import merge_adapters
+from cabochon.cli.merge_sweep import sweep, write_plot
 from cabochon.cli.options import HubAccess, Json, check_disk, folder_argument
 
 if TYPE_CHECKING:
@@ -16,6 +18,53 @@ if TYPE_CHECKING:
     from cabochon.merge.run import Merge
 
 GIB = 2**30
+SHARD_SIZE = 5.0
+
+
+@Parameter(name="*", group="Instead of writing a model")
+@dataclass(frozen=True, kw_only=True)
+class Looking:
+    """What can be done with a merge before it is written."""
+
+    dry_run: Annotated[bool, Parameter(negative="", help="Check everything and print the plan.")] = False
+    inspect: Annotated[
+        bool, Parameter(negative="", help="Compare the models with base_model, layer by layer and kind by kind.")
+    ] = False
+    sweep: Annotated[
+        tuple[str, ...],
+        Parameter(
+            negative="",
+            help="Measure the merge for each value of a parameter, as in t=0:1:5 (five from 0 to 1), eta=0.1,0.3 or "
+            "weight@MODEL=0:1:3. Twice: every value of the one with every value of the other.",
+        ),
+    ] = ()
+    on: Annotated[
+        Path | None,
+        Parameter(
+            help="With --sweep: the file to measure on. A text; or .jsonl with rows of text, of prompt and completion, "
+            "or of messages."
+        ),
+    ] = None
+    plot: Annotated[
+        Path | None,
+        Parameter(
+            help="Also draw, as SVG, here: with --inspect a map of angles; with --sweep the curve, whose points are "
+            "kept beside it and not measured again."
+        ),
+    ] = None
+
+    def check(self, out: Path | None) -> None:
+        """Raise `UsageError` for flags that do not go together."""
+        if bool(self.sweep) != bool(self.on):
+            given, missing = ("--sweep", "--on") if self.sweep else ("--on", "--sweep")
+            raise UsageError(f"{given} needs {missing}", "a sweep measures each merge on a file", f"add {missing}")
+        if self.sweep and (out or self.inspect or self.dry_run):
+            other = "--inspect" if self.inspect else "--dry-run" if self.dry_run else f"OUT, {out},"
+            raise UsageError(f"{other} has no effect here", "a sweep writes no model", "leave it out, or --sweep")
+        if self.plot and not self.inspect and not self.sweep:
+            raise UsageError("--plot has no effect here", "it draws what --inspect or --sweep finds", "add one of them")
+        if out is None and not (self.dry_run or self.inspect or self.sweep):
+            raise UsageError("OUT is missing", "a merge has to be written somewhere", "cabochon merge CONFIG OUT")
 
 
 def merge(
@@ -23,60 +72,71 @@ def merge(
     out: Annotated[Path | None, Parameter(help="The folder to write.")] = None,
     /,
     *,
-    dry_run: Annotated[bool, Parameter(negative="", help="Check everything, print the plan, write nothing.")] = False,
-    inspect: Annotated[
-        bool, Parameter(negative="", help="Compare the models with base_model, layer by layer, and write nothing.")
-    ] = False,
-    plot: Annotated[Path | None, Parameter(help="With --inspect: also draw a map of angles, as SVG, here.")] = None,
     seed: Annotated[int, Parameter(help="For methods that drop weights at random: the same seed, the same model.")] = 0,
     threads: Annotated[int, Parameter(help="How many; 0: one for each core. The result does not depend on it.")] = 0,
-    shard_size: Annotated[float, Parameter(help="The most GB of weights in one file.")] = 5.0,
+    shard_size: Annotated[float, Parameter(help="The most GB of weights in one file.")] = SHARD_SIZE,
     hashes: Annotated[
         bool, Parameter(negative="", help="Put the SHA-256 of large weight files into the model card, too.")
     ] = False,
     overwrite: Annotated[bool, Parameter(negative="", help="Replace a model folder that is there.")] = False,
     json: Json = False,
+    looking: Looking = Looking(),
     hub: HubAccess = HubAccess(),
 ) -> None:
     """Merge models of one architecture, tensor by tensor, at the speed of the disk and in little memory.
 
-    A merge that was interrupted goes on where it stopped when the same command is given again.
+    A merge that was interrupted goes on where it stopped when the same command is given again. A file with `adapters`
+    instead of models merges LoRA adapters to one.
 
     Example: cabochon merge slerp.yml my-merge
 
     Example: cabochon merge slerp.yml --dry-run
 
     Example: cabochon merge ties.yml --inspect --plot angles.svg
+
+    Example: cabochon merge slerp.yml --sweep t=0:1:5 --on my-texts.txt --plot curve.svg
     """
-    if plot and not inspect:
-        raise UsageError("--plot has no effect here", "it draws what --inspect finds", "add --inspect")
-    if out is None and not dry_run and not inspect:
-        raise UsageError("OUT is missing", "a merge has to be written somewhere", "cabochon merge CONFIG OUT")
+    looking.check(out)
     _check_least({"--threads": (threads, 0), "--shard-size": (shard_size, 0.001)})
     target = folder_argument(out, "OUT") if out else None
-    from cabochon.merge.parse import read_config
+    from cabochon.merge.adapter_parse import AdapterConfig, read_either
 
-    chosen = read_config(config.expanduser())
+    chosen = read_either(config.expanduser())
+    if isinstance(chosen, AdapterConfig):
+        foreign = {"--inspect": looking.inspect, "--sweep": bool(looking.sweep), "--threads": threads != 0}
+        foreign |= {"--shard-size": shard_size != SHARD_SIZE, "--hashes": hashes}
+        same: dict[str, Any] = {"seed": seed, "overwrite": overwrite, "json": json, "hub": hub}
+        merge_adapters(chosen, target, dry_run=looking.dry_run, foreign=foreign, **same)
+        return
+    if looking.sweep and looking.on:
+        plot = looking.plot
+        sweep(chosen, looking.sweep, looking.on, plot=plot, seed=seed, threads=threads, json=json, hub=hub)
+        return
     from cabochon.merge.run import Merge
 
     work = Merge.prepare(chosen, seed=seed, **asdict(hub))
     for note in work.plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    if inspect:
-        _inspect(work, threads, plot, json)
+    if looking.inspect:
+        _inspect(work, threads, looking.plot, json)
         return
     facts = _facts(work.plan)
-    if target is None or dry_run:
+    if target is None or looking.dry_run:
         print(json_format.dumps(facts | {"tensors": _tensors(work.plan)}) if json else _table(work.plan, facts))
         return
-    check_disk(target, work.missing_bytes(target), "free some space, or name a folder on another disk")
-    print(f"{facts['method']} of {facts['models']} models: {work.plan.nbytes / GIB:.2f} GiB", file=sys.stderr)
+    settings: dict[str, Any] = {"threads": threads, "shard_bytes": int(shard_size * 1e9), "hashes": hashes}
+    _write(work, target, settings | {"overwrite": overwrite})
+    print(json_format.dumps({"folder": str(target), **facts}) if json else target)
+
+
+def _write(work: "Merge", target: Path, settings: dict[str, Any]) -> None:
     from cabochon.base.progress import track
 
-    settings: dict[str, Any] = {"threads": threads, "shard_bytes": int(shard_size * 1e9), "hashes": hashes}
+    check_disk(target, work.missing_bytes(target), "free some space, or name a folder on another disk")
+    models = len({operand.model for job in work.plan.jobs for operand in job.inputs})
+    print(f"{work.plan.method.name} of {models} models: {work.plan.nbytes / GIB:.2f} GiB", file=sys.stderr)
     with track(work.plan.nbytes, "merging", unit="bytes") as advance:
-        work.write(target, overwrite=overwrite, report=advance, **settings)
-    print(json_format.dumps({"folder": str(target), **facts}) if json else target)
+        work.write(target, report=advance, **settings)
 
 
 def _check_least(values: dict[str, tuple[float, float]]) -> None:
@@ -86,7 +146,6 @@ def _check_least(values: dict[str, tuple[float, float]]) -> None:
 
 
 def _inspect(work: "Merge", threads: int, plot: Path | None, json: bool) -> None:
-    from cabochon.base.files import atomic_write
     from cabochon.base.progress import track
     from cabochon.merge.show import heat, table
 
@@ -94,13 +153,7 @@ def _inspect(work: "Merge", threads: int, plot: Path | None, json: bool) -> None
     with track(total, "reading", unit="bytes") as advance:
         found = work.inspect(threads=threads, report=advance)
     if plot:
-        try:
-            with atomic_write(plot.expanduser()) as file:
-                file.write(heat(found, "angle" if found.pairs else "norm").encode())
-        except OSError as error:
-            raise MissingResource(
-                f"{plot} was not written", error.strerror or str(error), "choose another place"
-            ) from None
+        write_plot(plot, heat(found, "angle" if found.pairs else "norm"))
     if json:
         print(json_format.dumps(found.to_json()))
         return

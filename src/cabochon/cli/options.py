@@ -42,6 +42,10 @@ class HubOptions(HubAccess):
 class DeviceOptions:
     """Where and in which precision a model computes."""
 
+    adapter: Annotated[
+        str | None,
+        Parameter(help="LoRA or DoRA in PEFT's format to put on the model first: a folder or a Hugging Face id."),
+    ] = None
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
         Parameter(help="Precision of float weights; auto: as they are stored."),
@@ -128,22 +132,19 @@ class ConstraintOptions:
         return chosen
 
 
+def load_arguments(model: str | None, hub: HubOptions, device: DeviceOptions) -> dict[str, Any]:
+    """What `cabochon.load` is called with for the model that the flags describe."""
+    chosen = asdict(device)
+    softcap, ignored = chosen.pop("softcap") == "on", chosen.pop("ignore_memory")
+    dtype = None if device.dtype == "auto" else device.dtype
+    return {**chosen, **asdict(hub), "model": model, "dtype": dtype, "softcap": softcap, "check_memory": not ignored}
+
+
 def load_lm(model: str | None, hub: HubOptions, device: DeviceOptions) -> "LM":
     """The model that the flags describe. The first thing in a command that costs more than an instant."""
     from cabochon.lm import load
 
-    dtype = None if device.dtype == "auto" else device.dtype
-    return load(
-        model,
-        dtype=dtype,
-        weights=device.weights,
-        device=device.device,
-        softcap=device.softcap == "on",
-        check_memory=not device.ignore_memory,
-        speculate=device.speculate,
-        draft=device.draft,
-        **asdict(hub),
-    )
+    return load(**load_arguments(model, hub, device))
 
 
 def text_argument(value: str, name: str) -> str:
@@ -159,14 +160,14 @@ def text_argument(value: str, name: str) -> str:
     return value
 
 
-def check_disk(folder: Path, size: int, hint: str) -> None:
+def check_disk(folder: Path, size: int, hint: str, what: str = "the model") -> None:
     """Raises `MissingResource` when fewer than `size` bytes are free where a folder is to be written."""
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if free < size:
         raise MissingResource(
             f"{folder} does not fit on the disk",
-            f"the model takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free",
+            f"{what} takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free",
             hint,
         )
 

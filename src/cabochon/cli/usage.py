@@ -20,6 +20,9 @@ def explain(problem: CycloptsError, commands: Collection[str]) -> UsageError:
         typed = (problem.token.keyword or problem.token.value).split("=")[0]
         known = [name for argument in problem.argument_collection for name in argument.names]
         cause = f"`{command}` does not know it"
+        if problem.token.source != "cli":  # a key of a configuration file, in brackets
+            typed, cause = typed.strip("[]"), f"{problem.token.source} has it, and {cause}"
+            known = [name.removeprefix("--").replace("-", "_") for name in known]
         return UsageError(f"there is no option {typed}", cause, _did_you_mean(nearest(typed, known), see))
     problem.verbose = False
     return UsageError(f"`{command}` could not be understood", _lower_first(str(problem)), see)

@@ -11,6 +11,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
+from cabochon.text.chat import CHAT_TEMPLATE
+
 SPACE = "\u2581"
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<unused{i}>" for i in range(101)),
            "<start_of_turn>", "<end_of_turn>"]  # fmt: skip
@@ -19,19 +21,6 @@ BYTES = [f"<0x{i:02X}>" for i in range(256)]
 # A piece never crosses these borders: a word with the space before it, one digit, a run of spaces or of line
 # ends (indentation is a piece), a run of marks.
 _BORDERS = rf"[0-9]|{SPACE}?[A-Za-z_]+|{SPACE}+(?![A-Za-z_])|{SPACE}+|\n+|[^0-9A-Za-z_{SPACE}\n]+"
-
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% if messages and messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('Gemma 2 has no system role') }}{% endif %}"
-    "{% for message in messages %}"
-    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-    "{% if role != ('user' if loop.index0 is even else 'model') %}"
-    "{{ raise_exception('roles have to alternate between user and model') }}{% endif %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
 
 
 def build_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -88,6 +77,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "unk_token": "<unk>",
         "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
         "clean_up_tokenization_spaces": False,
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
