@@ -73,4 +73,4 @@ def random_ids(config: Gemma2Config, batch: int, length: int, seed: int = 0) -> 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest difference as a share of the largest expected value."""
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
+    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max().clamp_min(1e-6))

@@ -166,6 +166,11 @@ def test_no_other_framework() -> None:
     assert other_frameworks(SOURCE) == []
 
 
+def test_every_kernel_is_compiled() -> None:
+    stated = re.findall(r'"src/cabochon/(model/kernels/\w+\.c)"', (ROOT / "pyproject.toml").read_text())
+    assert stated == sorted(file.relative_to(SOURCE).as_posix() for file in SOURCE.rglob("*.c"))
+
+
 def loaded_modules(code: str) -> set[str]:
     """The modules in memory after running code in a process of its own."""
     # The script keeps quiet on standard output itself: what it prints there goes to standard error.
@@ -175,7 +180,7 @@ def loaded_modules(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], *([*name.split(), "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     loaded = loaded_modules(f"from cabochon.cli.main import main\nassert main({arguments!r}) == 0")
     assert "cabochon.cli.main" in loaded

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from cabochon.base.errors import BadInput, MissingResource, UsageError
 from cabochon.base.files import resumable_folder, unfinished_bytes
 from cabochon.cli.main import main
-from cabochon.merge import execute
+from cabochon.merge import execute, output
 from cabochon.merge.parse import parse_config
 from cabochon.merge.run import Merge
 from cabochon.model.config import Gemma2Config
@@ -49,12 +49,57 @@ def merged(text: str, out: Path, **settings: int) -> None:
     Merge.prepare(parse_config(text)).write(out, **settings)
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def killed(work: Path, place: str, **settings: bool) -> None:
+    """A merge whose process is killed as soon as it has renamed something to the name `place`, for good or for now."""
+    script = f"""
+import os, re, signal
+from pathlib import Path
+from cabochon.merge.parse import read_config
+from cabochon.merge.run import Merge
+rename = Path.replace
+def renamed(path, target):
+    rename(path, target)
+    if re.fullmatch({place!r}, Path(target).name):
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.replace = renamed
+Merge.prepare(read_config(Path("merge.yml"))).write(Path("out"), **{settings!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=work).returncode == -signal.SIGKILL
+
+
+def test_a_kill_between_the_last_two_steps_leaves_a_finished_folder(work: Path) -> None:
+    merged(linear(work), work / "whole")
+    killed(work, "out")
+    assert names(work / "out") == names(work / "whole")
+    assert (work / "out/model.safetensors").read_bytes() == (work / "whole/model.safetensors").read_bytes()
+    assert names(work) == [".out.unfinished", "a", "b", "merge.yml", "out", "whole"]
+    assert unfinished_bytes(work / "out") == 0
+    with pytest.raises(UsageError, match="was not written"):  # it is there, and the next look tidies up
+        merged(linear(work), work / "out")
+    assert names(work) == ["a", "b", "merge.yml", "out", "whole"]
+
+
+def test_a_kill_while_a_model_is_replaced_loses_neither(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged(linear(work, (1.0, 0.0)), work / "out")
+    killed(work, r"\.out\..*\.partial", overwrite=True)
+    (old,) = work.glob(".out.*.partial")
+    assert not (work / "out").exists() and load_model(old).config == CONFIG
+    monkeypatch.setattr(execute, "merge", None)  # all is done: nothing is merged again
+    merged(linear(work), work / "out", overwrite=True)
+    assert names(work) == ["a", "b", "merge.yml", "out"]
+    assert "weight: 0.25" in (work / "out/mergekit_config.yml").read_text()
+
+
 def test_killed_again_and_again_it_ends_with_the_same_bytes(work: Path) -> None:
     merged(linear(work), work / "whole")
     slow = (
-        "import sys, time; from pathlib import Path; from cabochon.merge import execute;"
+        "import sys, time; from pathlib import Path; from cabochon.merge import execute, output;"
         "from cabochon.merge.parse import read_config; from cabochon.merge.run import Merge;"
-        "execute.COMMIT_BYTES = 1; merge_stage = execute._merge_stage;"
+        "output.COMMIT_BYTES, output.SEGMENT = 1, 4096; merge_stage = execute._merge_stage;"
         "execute._merge_stage = lambda *a: (time.sleep(0.02), merge_stage(*a));"
         "Merge.prepare(read_config(Path('merge.yml'))).write(Path('out'))"
     )
@@ -62,10 +107,10 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(work: Path) -> None:
     while not (work / "out").exists():
         process = subprocess.Popen([sys.executable, "-c", slow], cwd=work)
         deadline = time.monotonic() + 60
-        notes = work / ".out.unfinished" / ".done"
+        notes = work / ".out.unfinished" / "done"
         size = notes.stat().st_size if notes.exists() else 0
         while process.poll() is None and time.monotonic() < deadline:
-            if notes.exists() and notes.stat().st_size > size + 600:
+            if notes.exists() and notes.stat().st_size > size + 1300:
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1
                 break
@@ -73,7 +118,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(work: Path) -> None:
         process.wait()
         assert process.returncode in (0, -signal.SIGKILL)
     assert kills >= 2
-    assert not list((work / "out").glob(".*")) and not (work / ".out.unfinished").exists()
+    assert names(work) == ["a", "b", "merge.yml", "out", "whole"]
     assert (work / "out/model.safetensors").read_bytes() == (work / "whole/model.safetensors").read_bytes()
 
 
@@ -88,7 +133,8 @@ def test_what_was_noted_is_not_done_again(work: Path, monkeypatch: pytest.Monkey
         real(method, whole, settings, out, **more)
 
     monkeypatch.setattr(execute, "merge", failing)
-    monkeypatch.setattr(execute, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(output, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(output, "SEGMENT", 4096)
     with pytest.raises(MissingResource, match="No space left"):
         merged(linear(work), work / "out")
     assert not (work / "out").exists() and unfinished_bytes(work / "out") > 0
@@ -121,7 +167,7 @@ def test_values_that_are_not_finite_are_named(work: Path) -> None:
         merged(linear(work), work / "out")
     assert "model.layers.3.mlp.up_proj.weight" in caught.value.what and "b/model.safetensors" in caught.value.what
     assert "NaN" in caught.value.cause
-    assert sorted(path.name for path in work.iterdir()) == ["a", "b", "merge.yml"]
+    assert names(work) == ["a", "b", "merge.yml"]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
@@ -211,6 +257,14 @@ def test_looking_at_a_merge(work: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_missing_shard(work: Path) -> None:
+    merged(linear(work), work / "sharded", shard_bytes=200_000)
+    text = linear(work).replace(str(work / "b"), str(work / "sharded"))
+    merged(text, work / "fine")
+    gone = sorted((work / "sharded").glob("model-*"))[1]
+    gone.unlink()
+    with pytest.raises(MissingResource) as caught:
+        merged(text, work / "out")
+    assert gone.name in str(caught.value) and not (work / "out").exists()
     (work / "b/model.safetensors").unlink()
     with pytest.raises(MissingResource, match="no weights"):
         merged(linear(work), work / "out")
@@ -233,11 +287,12 @@ def test_data_that_the_disk_lost_is_never_noted_as_done(work: Path, monkeypatch:
         if len(calls) == 5:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(execute, "COMMIT_BYTES", 1)
-    monkeypatch.setattr(execute, "_force_data", forced)
+    monkeypatch.setattr(output, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(output, "SEGMENT", 4096)
+    monkeypatch.setattr(output, "_force_data", forced)
     with pytest.raises(MissingResource, match="Input/output error"):
         merged(linear(work), work / "out")
-    notes = (work / ".out.unfinished/.done").read_text().splitlines()
+    notes = (work / ".out.unfinished/done").read_text().splitlines()
     assert len(calls) == 5 and len(notes) == 2  # a call for the data and one for the note, each
 
 
@@ -269,3 +324,39 @@ def test_a_damaged_tokenizer_configuration(work: Path) -> None:
     with pytest.raises(BadInput, match="tokenizer_config"):
         merged(linear(work, more="chat_template: auto\n"), work / "out")
     assert not (work / "out").exists()
+
+
+def test_a_sweep_that_is_killed_leaves_its_points_and_goes_on(work: Path) -> None:
+    (work / "merge.yml").write_text(f"models: [{{model: {work}/b}}]\nbase_model: {work}/a\nmerge_method: liti\n")
+    script = """
+import os, signal, sys
+from pathlib import Path
+from cabochon.merge.axes import Axis
+from cabochon.merge.parse import read_config
+from cabochon.merge.run import Merge
+from cabochon.merge.sweep import append_point, read_points, sweep
+measured = 0
+def evaluate(model):
+    global measured
+    measured += 1
+    if measured == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"score": float(model.embedding.weight.detach().double().square().sum())}
+work, points = Merge.prepare(read_config(Path("merge.yml"))), Path("points.jsonl")
+known = read_points(points)
+for point in sweep(work, [Axis("eta", (0.0, 0.25, 0.5, 1.0))], evaluate, measure="m", known=known):
+    if point not in known:
+        append_point(points, point)
+print(measured)
+"""
+
+    def run(stop: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", script, str(stop)], cwd=work, capture_output=True, text=True)
+
+    assert run(3).returncode == -signal.SIGKILL
+    assert names(work) == ["a", "b", "merge.yml", "points.jsonl"]
+    assert len((work / "points.jsonl").read_text().splitlines()) == 2
+    assert run(0).stdout == "2\n" and len((work / "points.jsonl").read_text().splitlines()) == 4
+    scores = [json.loads(line)["scores"]["score"] for line in (work / "points.jsonl").read_text().splitlines()]
+    a, b = (float(load_model(work / n).embedding.weight.detach().double().square().sum()) for n in "ab")
+    assert [scores[0], scores[-1]] == pytest.approx([a, b])

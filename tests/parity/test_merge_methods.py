@@ -62,14 +62,14 @@ def golden_masks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     densities = config["per_model"].get("density", [])
     drawn = [i for i, density in enumerate(densities) if density < 1]
 
-    def mask(seed: int, model: int, start: int, probability: float | Tensor, shape: torch.Size) -> Tensor:
-        golden = GOLDEN[f"masks/{where}/{drawn.index(model)}"]
+    def chosen(values: Tensor, start: int, seed: int, model: int, probability: float | Tensor) -> Tensor:
+        part = slice(start, start + values.numel())
         if isinstance(probability, Tensor):
-            chances = GOLDEN[f"chances/{where}/{drawn.index(model)}"].reshape(-1)[start : start + shape.numel()]
-            torch.testing.assert_close(probability, chances.view(shape))
-        return -golden.reshape(-1)[start : start + shape.numel()].view(shape).int()
+            chances = GOLDEN[f"chances/{where}/{drawn.index(model)}"].reshape(-1)[part]
+            torch.testing.assert_close(probability, chances.view(values.shape))
+        return values * GOLDEN[f"masks/{where}/{drawn.index(model)}"].reshape(-1)[part].view(values.shape).bool()
 
-    monkeypatch.setattr(sparsify, "random_mask", mask)
+    monkeypatch.setattr(sparsify, "by_chance", chosen)
     return where
 
 

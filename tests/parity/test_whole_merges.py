@@ -1,6 +1,8 @@
 """Whole merges equal mergekit's: how its configurations are read, and what comes out for every tensor."""
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cabochon.cli.main import main
 from cabochon.merge.parse import parse_config
 from cabochon.merge.run import Merge
+from cabochon.text.chat import CHAT_TEMPLATE
 from cabochon.weights.folder import load_model
+from cabochon.weights.hub import built_in
 
 GOLDEN = Path(__file__).parents[1] / "golden/merge/whole"
 _spec = importlib.util.spec_from_file_location("whole_make", GOLDEN / "make.py")
@@ -49,6 +54,19 @@ def test_a_seed_decides_what_is_dropped(tmp_path: Path) -> None:
         Merge.prepare(parse_config(text), seed=seed).write(tmp_path / str(number))
         embeddings.append(load_model(tmp_path / str(number)).embedding.weight)
     assert torch.equal(embeddings[0], embeddings[1]) and not torch.equal(embeddings[0], embeddings[2])
+
+
+def test_a_merge_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model inside, merged with a copy of itself, answers as it does."""
+    copied = shutil.copytree(built_in(), tmp_path / "copied")
+    text = f"models: [{{model: {built_in()}}}]\nbase_model: {copied}\nmerge_method: slerp\nparameters: {{t: 0.5}}\n"
+    Merge.prepare(parse_config(text)).write(tmp_path / "out")
+    answers = []
+    for model in ([], [str(tmp_path / "out")]):
+        assert main(["run", *model, "What is 2 + 2?", "--max-new-tokens", "12"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == CHAT_TEMPLATE
 
 
 def test_transformers_loads_a_merge_and_answers_the_same(tmp_path: Path) -> None:

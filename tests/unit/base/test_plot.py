@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cabochon.base.plot import DARK, LIGHT, STRONGEST, Series, heat_map, line_plot
+from cabochon.base.plot import DARK, LIGHT, STRONGEST, Bar, Series, bar_plot, heat_map, line_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINTS = [(0.0, 1.0, "start"), (0.5, 3.0, ""), (1.0, 2.0, "end")]
@@ -32,7 +32,12 @@ def heat(**more):
     return heat_map([[1.0, None], [2.5, 4.0]], ["0", "1"], ["q", "k"], title="Angles", row_label="layer", **more)
 
 
-@pytest.mark.parametrize("text", [line(), heat()], ids=["line", "heat"])
+def bars(**more):
+    made = [Bar("facts", 80.0, 4.0, {"random": 25.0, "Gemma": 90.0}), Bar("sums", 40.0, 0.0, {"random": 0.0})]
+    return bar_plot(made, title="Scores", x_label="percent", **more)
+
+
+@pytest.mark.parametrize("text", [line(), heat(), bars()], ids=["line", "heat", "bars"])
 def test_plots_are_accessible_and_stand_alone(text):
     root = parsed(text)
     title, description = root.find(f"{SVG}title"), root.find(f"{SVG}desc")
@@ -52,6 +57,24 @@ def test_a_line_goes_through_its_points():
     assert y0 - y1 == pytest.approx(2 * (y0 - y2), abs=0.2)  # upwards is less
     assert {"start", "end", "eta", "score", "0.4", "3.0"} <= set(texts(root))
     assert root.find(f"{SVG}desc").text == "reward: 3 points, from 1 at 0 to 2 at 1"
+
+
+def test_bars_are_as_long_as_their_values_and_whiskers_as_wide_as_errors():
+    root = parsed(bars())
+    boxes = [b for b in root.iter(f"{SVG}rect") if b.get("class") == "heat"]
+    first, second = (float(box.get("width")) for box in boxes)
+    assert first == pytest.approx(2 * second, rel=0.01)
+    low, high = next(
+        map(float, found.groups())
+        for p in root.iter(f"{SVG}path")
+        if p.get("class") == "axis" and (found := re.fullmatch(r"M([\d.]+) [\d.]+H([\d.]+)", p.get("d")))
+    )
+    assert high - low == pytest.approx(first / 10, abs=0.3)
+    tips = [title.text for title in root.iter(f"{SVG}title")]
+    assert {"facts: 80 ± 4", "sums: 40", "facts, random: 25", "facts, Gemma: 90", "sums, random: 0"} <= set(tips)
+    assert {"facts", "sums", "random", "Gemma", "percent"} <= set(texts(root))
+    assert parsed(bar_plot([], title="none")) is not None
+    assert parsed(bar_plot([Bar("x", math.nan)], title="hole")) is not None
 
 
 def test_series_differ_in_more_than_colour():

@@ -142,7 +142,7 @@ def test_flags_reach_the_loader(
 ) -> None:
     given: dict[str, Any] = {}
 
-    def load(_: Any, **options: Any) -> None:
+    def load(**options: Any) -> None:
         given.update(options)
         raise KeyboardInterrupt
 

@@ -25,8 +25,8 @@ def process(memory: PrefixMemory, tokens: list[int]) -> PagedSequence:
     start = sequence.length
     sequence.reserve(len(tokens))
     for position in range(start, len(tokens)):
-        page = sequence.blocks[False][position // PAGE]
-        memory.pool.keys[0][page, :, position % PAGE] = fingerprint(tokens, position)
+        for pages in sequence.blocks.values():
+            memory.pool.keys[0][pages[position // PAGE], :, position % PAGE] = fingerprint(tokens, position)
     sequence.advance(len(tokens))
     return sequence
 
@@ -35,8 +35,8 @@ def fingerprint(tokens: list[int], position: int) -> float:
     return float(hash(tuple(tokens[: position + 1])) % 100_003)
 
 
-def keys(sequence: PagedSequence) -> list[float]:
-    blocks = sequence.blocks[False]
+def keys(sequence: PagedSequence, *, local: bool = False) -> list[float]:
+    blocks = sequence.blocks[local]
     return [float(sequence.pool.keys[0][blocks[p // PAGE], 0, p % PAGE, 0]) for p in range(sequence.length)]
 
 
@@ -65,11 +65,7 @@ def test_recalled_keys_belong_to_the_very_text(texts: list[list[int]]) -> None:
 def test_in_a_small_pool_old_texts_are_forgotten_and_nothing_is_lost(texts: list[list[int]]) -> None:
     memory = PrefixMemory(pool(12))
     for text in texts:
-        try:
-            sequence = memory.recall(text)
-        except OutOfPages:
-            memory.clear()
-            sequence = memory.recall(text)
+        sequence = memory.recall(text)
         memory.forget(2 * (len(text) // PAGE + 1))
         sequence.reserve(len(text))
         sequence.advance(len(text))
@@ -90,6 +86,23 @@ def test_what_is_in_use_survives_forgetting() -> None:
     assert keys(sequence) == [fingerprint(text, p) for p in range(len(text))]
     sequence.close()
     assert memory.pool.free == 20
+
+
+@pytest.mark.parametrize(("pages", "known"), [(4, PAGE), (5, PAGE), (6, PAGE + 8)])
+def test_a_copy_does_not_push_out_what_it_is_made_with(pages: int, known: int) -> None:
+    """Two full pages and the two that follow are known; no page, one, or both that the copies need are free."""
+    memory = PrefixMemory(pool(pages))
+    text = list(range(PAGE + 8))
+    sequence = process(memory, text)
+    memory.remember(text, sequence, whole=True)
+    sequence.close()
+    found = memory.recall([*text, 1])
+    assert found.length == known
+    for local in (False, True):
+        assert keys(found, local=local) == [fingerprint(text, p) for p in range(known)]
+    found.close()
+    memory.clear()
+    assert memory.pool.free == pages and not memory.pool.holders
 
 
 def test_the_oldest_is_forgotten_first() -> None:

@@ -14,7 +14,7 @@ from cabochon.merge.diagnose import diagnose, measure, place
 from cabochon.merge.methods import METHODS
 from cabochon.merge.methods.blocks import Whole
 from cabochon.merge.methods.method import bind, merge
-from cabochon.merge.show import MEASURES, heat, sweep, table
+from cabochon.merge.show import MEASURES, heat, table
 
 NAMES = ["embedding.weight", "layers.0.attention.q.weight", "layers.0.mlp.up.weight", "layers.1.attention.q.weight",
          "layers.1.mlp.up.weight", "final_norm.weight"]  # fmt: skip
@@ -168,13 +168,6 @@ def test_an_unknown_measure_is_refused():
     base, models = trio()
     with pytest.raises(UsageError, match="did you mean angle"):
         heat(diagnose(base, models), "angel")
-
-
-def test_a_sweep_is_drawn_from_left_to_right():
-    root = ElementTree.fromstring(
-        sweep([(1.0, 2.0, "b"), (0.0, 1.0, "a")], title="eta", x_label="eta", y_label="score")
-    )
-    assert root.find("{http://www.w3.org/2000/svg}desc").text == "2 points, from 1 at 0 to 2 at 1"
 
 
 # WARP, section 3.2 and its figure of angles

@@ -6,7 +6,8 @@ import torch
 from cabochon.merge.methods import METHODS
 from cabochon.merge.methods.blocks import Whole
 from cabochon.merge.methods.method import bind, merge
-from cabochon.merge.rows import stored_rows, whole_of_rows
+from cabochon.merge.rows import whole_of_rows
+from cabochon.weights.rows import stored_rows
 
 NEEDED = {"weight": 0.5, "t": 0.3}
 

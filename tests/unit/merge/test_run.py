@@ -1,11 +1,13 @@
 """A merge from its configuration to a folder: tokenizers, templates, cards, and what the plan says."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from cabochon.base.errors import BadInput, MissingResource
 from cabochon.merge.parse import parse_config
@@ -64,9 +66,49 @@ def test_a_chat_template_is_written(models: Path, tmp_path: Path) -> None:
     for name, choice, wanted in (("one", "auto", first), ("two", "'{{ mine }}'", "{{ mine }}")):
         Merge.prepare(parse_config(MEAN.format(models) + f"chat_template: {choice}\n")).write(tmp_path / name)
         assert json.loads((tmp_path / name / "tokenizer_config.json").read_text())["chat_template"] == wanted
-    with pytest.raises(BadInput, match="llama3"):
-        Merge.prepare(parse_config(MEAN.format(models) + "chat_template: llama3\n")).write(tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi "},
+        {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "Bye"}]  # fmt: skip
+RENDERED = {
+    "gemma": "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHo<end_of_turn>\n"
+    "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n",
+    "chatml": "<bos><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi <|im_end|>\n"
+    "<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
+    "alpaca": "<bos>Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHo<eos>\n\n### Instruction:\nBye\n\n"
+    "### Response:\n",
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_a_template_by_its_name_is_what_transformers_renders(name: str, models: Path, tmp_path: Path) -> None:
+    work = Merge.prepare(parse_config(MEAN.format(models) + f"chat_template: {name}\n"))
+    marks = [note for note in work.plan.notes if "<|im_start|>" in note]
+    assert len(marks) == (name == "chatml")  # these tokenizers have no such tokens
+    work.write(tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = CHAT[1:] if name == "gemma" else CHAT
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == RENDERED[name]
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"), [("llama3", "other control tokens"), ("chatlm", "did you mean chatml?"), ("x", "auto, gemma")]
+)
+def test_templates_that_are_refused(choice: str, said: str, models: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        Merge.prepare(parse_config(MEAN.format(models) + f"chat_template: {choice}\n"))
+    assert said in str(caught.value)
+
+
+def test_of_several_templates_the_default_counts(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "a", tmp_path / "c")
+    path = tmp_path / "c/tokenizer_config.json"
+    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": " {{ yes }} "}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": several}))
+    text = f"models: [{{model: {tmp_path}/c}}]\nmerge_method: passthrough\nchat_template: auto\n"
+    assert (
+        json.loads(Merge.prepare(parse_config(text)).tokenizer["tokenizer_config.json"])["chat_template"] == "{{ yes }}"
+    )
 
 
 def test_layers_that_change_their_kind_are_mentioned(models: Path) -> None:

@@ -206,3 +206,30 @@ def test_float_layers_are_those_of_torch() -> None:
     x = normal(4, 24)
     assert torch.equal(layer(x), linear(x, layer.weight))
     assert torch.equal(float_linear(x.double(), layer.weight.double()), linear(x.double(), layer.weight.double()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=st.sampled_from([(9,), (2, 3, 4), (63,), (64,), (65,), (3, 200), (1, 1025)]), seed=st.integers(0, 99))
+def test_rows_of_bfloat16_are_those_of_float32_rounded(shape: tuple[int, ...], seed: int) -> None:
+    x, weight = normal(*shape, 48, seed=seed).bfloat16(), normal(20, 48, seed=seed + 1).bfloat16()
+    with torch.inference_mode():
+        got = float_linear(x, weight)
+    assert got.shape == (*shape, 20) and got.dtype == torch.bfloat16
+    assert relative_error(got.float(), linear(x.float(), weight.float())) < 0.004
+
+
+def test_torch_multiplies_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of rows are rounded up where oneDNN would write code for each, but never by much."""
+    seen: list[int] = []
+    monkeypatch.setattr(module, "linear", lambda x, weight: seen.append(x.numel() // 24) or linear(x, weight))
+    weight = normal(10, 24).bfloat16()
+    with torch.inference_mode():
+        for rows in range(9, 1025):
+            assert len(float_linear(normal(rows, 24).bfloat16(), weight)) == rows
+            assert 0 <= seen[-1] - rows < max(16, rows / 16 + 1)
+    assert len(set(seen)) == 48
+    x, learnt = normal(9, 24).bfloat16(), weight.clone().requires_grad_()
+    float_linear(x, learnt)  # training has batches of one shape
+    with torch.inference_mode():
+        float_linear(x.float(), weight.float())  # and MKL writes no code
+    assert seen[-2:] == [9, 9]

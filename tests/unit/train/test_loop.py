@@ -12,7 +12,10 @@ from cabochon.model import head as head_module
 from cabochon.model.gemma2 import Gemma2
 from cabochon.model.head import token_losses
 from cabochon.train.config import TrainConfig
-from cabochon.train.loop import Progress, batch_loss, schedule, train
+from cabochon.train.loop import Progress, evaluate, train
+from cabochon.train.objectives import next_tokens
+from cabochon.train.schedule import schedule
+from cabochon.train.step import Trainer
 from support import SMALL, random_ids, small_model
 
 
@@ -40,18 +43,25 @@ def test_loss_and_gradients_equal_plain_autograd(monkeypatch: pytest.MonkeyPatch
         assert p.grad is not None and torch.allclose(found[name], p.grad, atol=1e-4), name
 
 
+def gradients(model: Gemma2, one: Batch, **settings) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients as a step finds them."""
+    config = TrainConfig(steps=1, **settings)
+    loss, _, _ = Trainer(model, config, next_tokens(config)).gradients(one)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss, found
+
+
 def test_the_loss_is_a_mean_over_counted_tokens() -> None:
     model, one = small_model(), batch()
     logits = model(one.ids, documents=one.documents).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, one.targets.flatten())
-    assert batch_loss(model, one).item() == pytest.approx(expected.item(), rel=0.02)  # products are in bf16
+    assert gradients(model, one)[0] == pytest.approx(expected.item(), rel=0.02)  # products are in bf16
 
 
 def test_gradients_are_those_of_autograd_up_to_the_rounding_of_products() -> None:
     model, one = small_model(), batch()
-    batch_loss(model, one).backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
+    _, found = gradients(model, one)
     logits = model(one.ids, documents=one.documents).flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, one.targets.flatten()).backward()
     for name, p in model.named_parameters():
@@ -91,3 +101,20 @@ def test_training_without_a_soft_cap_is_refused(cap: str) -> None:
 def test_data_that_ends_early_is_an_error() -> None:
     with pytest.raises(UsageError, match="ended at step 1"):
         train(small_model(), iter([batch()]), TrainConfig(steps=2))
+
+
+def test_evaluation_is_the_mean_over_all_targets_of_all_batches() -> None:
+    model, batches = small_model(), [batch(seed) for seed in range(3)]
+    batches[1].targets[:, 5:] = IGNORED  # batches with few targets do not count as much as others
+    total, count = 0.0, 0
+    for one in batches:
+        logits = model(one.ids, documents=one.documents).flatten(0, 1)
+        total += torch.nn.functional.cross_entropy(logits, one.targets.flatten(), reduction="sum").item()
+        count += one.num_targets
+    model.train()
+    for micro_rows in (0, 1):
+        config = TrainConfig(steps=1, precision="float32", micro_rows=micro_rows)
+        assert evaluate(model, iter(batches), config) == {"loss": pytest.approx(total / count, rel=1e-5)}
+    assert model.training
+    with pytest.raises(UsageError, match="no target"):
+        evaluate(model, iter([]), config)

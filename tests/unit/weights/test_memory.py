@@ -120,7 +120,7 @@ def test_a_quantised_model_is_in_memory_once_and_the_original_never(folder: Path
     ahead, on_the_way, mapping, using = json.loads(done.stdout)
     weights = Scheme(bits).nbytes(CONFIG)
     largest = CONFIG.vocab_size * CONFIG.hidden_size * bits / 8
-    pieces = 60 * MB  # some rows as floats and what rounding makes of them
+    pieces = 80 * MB  # some rows as floats and what rounding makes of them
     assert ahead < 1.1 * largest + pieces  # one packed matrix at a time
     assert on_the_way < 1.1 * weights + pieces  # less where memory that was used before is used again
     assert mapping < 10 * MB  # nothing is read before it is used

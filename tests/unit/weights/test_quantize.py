@@ -16,11 +16,12 @@ from cabochon.base.errors import BadInput, MissingResource, UsageError
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
 from cabochon.model.linear import PackedWeight, QuantEmbedding, QuantLinear, quantize
+from cabochon.model.lora import LoraConfig, attach, detach, merge
 from cabochon.weights import fit
 from cabochon.weights.folder import describe, load_model, save_model
 from cabochon.weights.init import init_folder
 from cabochon.weights.names import from_hf, to_hf
-from cabochon.weights.quantize import quantize_folder, use_packed_layers
+from cabochon.weights.quantize import quantize_folder, quantize_layers, use_packed_layers
 from cabochon.weights.save import scheme_of
 from cabochon.weights.scheme import GROUPS, Scheme, layout, read_scheme
 from support import SMALL, configs, random_ids, relative_error
@@ -423,3 +424,38 @@ def test_any_configuration_is_read_or_refused(told: dict[str, Any]) -> None:
     except BadInput:
         return
     assert scheme is not None and scheme.to_hf() == told
+
+
+# Layers of a model in memory
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("group", [0, 32])
+def test_layers_are_quantised_in_place(tmp_path: Path, bits: int, embedding: bool, group: int) -> None:
+    model = saved(tmp_path / "m")
+    expected = values(load_model(tmp_path / "m", weights=f"int{bits}", group=group))
+    before = values(model)
+    quantize_layers(model, bits, group, embedding=embedding)
+    assert isinstance(model.embedding, QuantEmbedding) is embedding
+    for name, tensor in values(model).items():
+        floats = "norm" in name or ("embedding" in name and not embedding)
+        assert torch.equal(tensor, before[name] if floats else expected[name])
+    quantize_layers(model, bits, group)  # what is quantised stays
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+    with pytest.raises(UsageError):
+        quantize_layers(model, 3)
+
+
+def test_what_no_folder_can_hold_is_not_written(tmp_path: Path) -> None:
+    model = saved(tmp_path / "m")
+    attach(model, LoraConfig(rank=1))
+    with pytest.raises(UsageError, match="it has adapters"):
+        save_model(model, tmp_path / "out")
+    detach(model)
+    quantize_layers(model, 8)
+    with pytest.raises(UsageError, match="its embedding is not"):
+        save_model(model, tmp_path / "out")
+    merge(model)
+    save_model(model, tmp_path / "out")
+    assert same(load_model(tmp_path / "out"), model)

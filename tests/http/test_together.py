@@ -1,0 +1,56 @@
+"""Tokens of several steps that reach the event loop together: when they go, and that none is lost."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from cabochon.lm import LM
+from cabochon.serve import worker
+from servers import CHAT, Running, asks, events, running
+
+BODY = asks("Tell me of the sea.", stream=True, max_tokens=12, logit_bias={"1": -100, "107": -100}, logprobs=True)
+
+
+def told(server: Running, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of tokens that the loop is told from now on, one for each time."""
+    counts: list[int] = []
+    deliver = server.bridge.delivered
+
+    def delivered(batch: worker.Batch) -> None:
+        counts.append(sum(len(pieces) for _, pieces in batch))
+        deliver(batch)
+
+    monkeypatch.setattr(server.bridge, "delivered", delivered)
+    return counts
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, [1] * 12), (3600.0, [1, 11])])
+def test_the_first_and_the_last_do_not_wait(
+    server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: list[int]
+) -> None:
+    answer = client.post(CHAT, json=BODY | {"stream": False}).json()["choices"][0]
+    monkeypatch.setattr(worker, "TOGETHER", seconds)
+    counts = told(server, monkeypatch)
+    parts = [part["choices"][0] for part in events(client, CHAT, BODY)[:-1]]
+    assert counts == expected
+    assert "".join(part["delta"].get("content", "") for part in parts) == answer["message"]["content"]
+    assert [part["logprobs"]["content"][0] for part in parts if part["logprobs"]] == answer["logprobs"]["content"]
+    assert len(parts) == 14  # an event for each token all the same, the role and the reason for the end
+
+
+def test_a_step_that_breaks_does_not_take_along_what_waited(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "TOGETHER", 3600.0)
+    with running(lm) as server, server.client() as client:
+        engine, steps = server.bridge.lm.engine, iter(range(6))
+        forward = engine._forward
+
+        def breaking(works: Any) -> Any:
+            if next(steps) == 5:
+                raise RuntimeError("out of memory")
+            return forward(works)
+
+        monkeypatch.setattr(engine, "_forward", breaking)
+        counts = told(server, monkeypatch)
+        parts = events(client, CHAT, BODY)
+        assert counts == [1, 4] and parts[-2]["error"]["code"] == "engine_failed"

@@ -1,0 +1,6 @@
+"""The Hub that fetching is tested with can be imported."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
