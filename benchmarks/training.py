@@ -31,9 +31,9 @@ PAIRS = {  # what is compared: ours, theirs, the environment of theirs
 Result = dict[str, float]
 
 
-def measure(python: Path, candidate: str, steps: int, threads: int) -> Result:
+def measure(python: Path, candidate: str, steps: int, threads: int, device: str) -> Result:
     """What a worker answers. Raises `RuntimeError` with its last words."""
-    command = [str(python), str(peer_setup.HERE / "training_worker.py"), candidate, str(steps), str(threads)]
+    command = [str(python), str(peer_setup.HERE / "training_worker.py"), candidate, str(steps), str(threads), device]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -51,7 +51,7 @@ def run(pairs: list[str], options: argparse.Namespace) -> dict[str, list[Result]
                 print(f"round {number + 1}: {candidate}", file=sys.stderr)
                 try:
                     python = peer_setup.python_of(options.root, env)
-                    answer = measure(python, candidate, options.steps, options.threads)
+                    answer = measure(python, candidate, options.steps, options.threads, options.device)
                     results.setdefault(candidate, []).append(answer)
                 except (RuntimeError, FileNotFoundError) as error:
                     print(f"  left out: {error}", file=sys.stderr)
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="of each process; the fastest counts")
     parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: wider models, longer rows")
     parser.add_argument("--root", type=Path, default=peer_setup.HERE.parent / "runs" / "peers")
     options = parser.parse_args()
     pairs = options.pairs.split(",")

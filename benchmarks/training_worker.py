@@ -1,4 +1,4 @@
-"""One training step, measured in a process of its own: `training_worker.py CANDIDATE STEPS THREADS`.
+"""One training step, measured in a process of its own: `training_worker.py CANDIDATE STEPS THREADS [cuda]`.
 
 Only the candidate's library is imported. Every candidate gets weights of the same distribution and the same tokens;
 a step is forward and backward, without the optimizer. The answer is one line of JSON, the last that is printed.
@@ -18,6 +18,9 @@ ROWS, LENGTH = 2, 1024  # of a training step
 DISTILL_ROWS, DISTILL_LENGTH = 8, 209
 STUDENT, TEACHER = 256, 512  # hidden sizes
 BETA = 0.5
+DEVICE = "cuda" if sys.argv[4:5] == ["cuda"] else "cpu"
+if DEVICE == "cuda":  # the 2b's width, four layers deep
+    ROWS, LENGTH, DISTILL_ROWS, DISTILL_LENGTH, STUDENT, TEACHER = 4, 2048, 4, 1024, 2304, 3584
 
 # A model, and a function from ids [rows, length + 1] to the loss of predicting each from those before it.
 Candidate = tuple[Any, Callable[[torch.Tensor], torch.Tensor]]
@@ -37,7 +40,7 @@ def filled(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-    return model.train()
+    return model.train().to(DEVICE)
 
 
 # Ours
@@ -74,12 +77,16 @@ def cabochon() -> Candidate:
 def cabochon_mixed() -> Candidate:
     """What `train` does: weights in float32, products in bfloat16."""
     from cabochon.data.pack import Batch
-    from cabochon.train.loop import batch_loss
+    from cabochon.train.config import TrainConfig
+    from cabochon.train.objectives import next_tokens
+    from cabochon.train.step import precision
 
-    model = ours(STUDENT, torch.float32)
+    model, config = ours(STUDENT, torch.float32), TrainConfig(steps=1)
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
-        return batch_loss(model, Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:])))
+        batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]))
+        with precision(model, config):
+            return next_tokens(config)(model, batch, batch.num_targets)
 
     return model, loss
 
@@ -128,7 +135,7 @@ def transformers_mixed() -> Candidate:
     model = theirs(STUDENT, torch.float32)
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             value: torch.Tensor = model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
         return value
 
@@ -162,12 +169,14 @@ def step(candidate: Candidate, ids: torch.Tensor) -> float:
     model.zero_grad(set_to_none=True)
     value = loss(ids)
     value.backward()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return value.item()
 
 
 def tokens(rows: int, length: int) -> torch.Tensor:
     """Random ids int64 [rows, length + 1]."""
-    return torch.randint(200, VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    return torch.randint(200, VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 def status(key: str) -> int:
@@ -196,13 +205,27 @@ def main(name: str, steps: int, threads: int) -> None:
     step(candidate, tokens(1, 8))
     candidate[0].zero_grad(set_to_none=True)
     ids = tokens(DISTILL_ROWS, DISTILL_LENGTH) if "distill" in name else tokens(ROWS, LENGTH)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, times, loss = status("VmRSS"), [], 0.0
+    if DEVICE == "cuda":
+        step(candidate, ids)  # compiles for this shape
+        candidate[0].zero_grad(set_to_none=True)
+    peak, times, loss = peak_memory(), [], 0.0
     for _ in range(steps):
         started = time.perf_counter()
         loss = step(candidate, ids)
         times.append(time.perf_counter() - started)
-    print(json.dumps({"seconds": min(times), "bytes": status("VmHWM") - before, "loss": loss}))
+    print(json.dumps({"seconds": min(times), "bytes": peak(), "loss": loss}))
+
+
+def peak_memory() -> Callable[[], int]:
+    """A function that says how much memory was taken at most since this call, above what was taken then."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        return lambda: torch.cuda.max_memory_allocated() - held
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = status("VmRSS")
+    return lambda: status("VmHWM") - before
 
 
 if __name__ == "__main__":
