@@ -7,11 +7,12 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=85899345
 
 KERNELS := $(wildcard src/cabochon/model/kernels/*.[ch])
 
-.PHONY: help chat test test-slow lint types tiny docs clean
+.PHONY: help chat test test-slow test-integration lint types tiny docs clean
 
 help:
 	@echo 'make chat       talk to the model that ships inside'
 	@echo 'make test       run the tests (make test-slow: the long ones)'
+	@echo 'make test-integration   run those that need other clients, Ray and validators'
 	@echo 'make lint       check style; make types: check types'
 	@echo 'make tiny       rebuild the model that ships inside from nothing'
 	@echo 'make docs       refresh what the docs generate and quote'
@@ -24,7 +25,11 @@ test: .venv/.installed-dev
 	@$(TEST)
 
 test-slow: .venv/.installed-dev
-	@$(TEST) -m slow
+	@$(TEST) -m slow $(SLOW)
+
+# One after the other: some measure out the machine themselves.
+test-integration: .venv/.installed-integration
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m "" tests/integration
 
 lint: .venv/.installed-dev
 	@$(BIN)/ruff check .
@@ -48,3 +53,6 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	@scripts/setup dev
+
+.venv/.installed-integration: .venv/.installed-dev
+	@scripts/setup integration

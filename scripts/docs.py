@@ -79,7 +79,7 @@ def cli_reference() -> str:
 def command_help(name: str) -> str:
     """What `cabochon NAME --help` prints on a screen of `WIDTH` columns."""
     screen = StringIO()
-    application(name)([name, "--help"], console=Console(file=screen, width=WIDTH, color_system=None))
+    application(name)([*name.split(), "--help"], console=Console(file=screen, width=WIDTH, color_system=None))
     return "\n".join(line.rstrip() for line in screen.getvalue().strip().splitlines()) + "\n"
 
 
@@ -115,6 +115,7 @@ def with_transcript(text: str) -> str:
 def pages() -> dict[Path, str]:
     """Every page with a generated part, as it has to be."""
     written = {ROOT / "docs" / "cli.md": cli_reference()}
+    transcript()  # takes a while: pages are read after it, or what is typed into one meanwhile would be lost
     by_hand = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     read = {page: page.read_text(encoding="utf-8") for page in by_hand if page not in written}
     return {page: with_transcript(with_quotes(text)) for page, text in read.items()} | written
