@@ -44,15 +44,16 @@ def test_logits_and_gradients_are_pefts(name):
     load_adapter(model, FOLDERS[name])
     logits = model(ids)
     assert relative_error(plain, expected["logits"]) > 1e-2  # the adapter matters
-    assert relative_error(logits, expected["logits"]) < 1e-5
+    # PEFT's own logits are up to 1.2e-5 from those in float64 (rslora, whose update is large), by the processor.
+    assert relative_error(logits, expected["logits"]) < 3e-5
     (logits * probe).sum().backward()
     parameters = adapter_parameters(model)
     assert len(parameters) == len(expected) - 1
     for key, parameter in parameters.items():
         module, _, part = key.rpartition(".")
         theirs = f"base_model.model.{to_hf(f'{module}.weight').removesuffix('.weight')}.{PARTS[part]}"
-        # PEFT's own logits are up to 7e-6 from those in float64; gradients pass through the model twice.
-        assert relative_error(parameter.grad, expected[f"gradient/{theirs}"]) < 2e-5
+        # Gradients pass through the model twice.
+        assert relative_error(parameter.grad, expected[f"gradient/{theirs}"]) < 6e-5
     merge(model)
     assert relative_error(model(ids), expected["logits"]) < 5e-5
 
