@@ -4,6 +4,7 @@ A tree whose nodes are pages of up to 32 tokens; a path from the root is a text 
 their pages beside the sequences that use them, and are forgotten, least recently used first, when pages are needed.
 """
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,24 @@ class _Node:
     pages: dict[bool, int]  # global (False), and local (True) unless its window had passed
     parent: "_Node | None"
     children: dict[tuple[int, ...], "_Node"] = field(default_factory=dict)
+    texts: list[tuple[int, ...]] = field(default_factory=list)  # the children's, sorted
+
+    def add(self, tokens: tuple[int, ...]) -> "_Node":
+        """A new child."""
+        insort(self.texts, tokens)
+        self.children[tokens] = child = _Node(tokens, {True: LET_GO, False: LET_GO}, self)
+        return child
+
+    def remove(self, tokens: tuple[int, ...]) -> None:
+        """Forget a child."""
+        del self.children[tokens], self.texts[bisect_left(self.texts, tokens)]
+
+    def nearest(self, wanted: tuple[int, ...]) -> "tuple[_Node, int] | None":
+        """The child that agrees with a text for the most tokens, and how many these are: a neighbour in the order."""
+        at = bisect_left(self.texts, wanted)
+        near = [(agreement(text, wanted), text) for text in self.texts[max(0, at - 1) : at + 1]]
+        used, text = max(near, default=(0, ()))
+        return (self.children[text], used) if used else None
 
 
 class PrefixMemory:
@@ -82,7 +101,7 @@ class PrefixMemory:
             part = tuple(tokens[start : min(start + PAGE, end)])
             child = node.children.get(part)
             if child is None:
-                child = node.children[part] = _Node(part, {True: LET_GO, False: LET_GO}, node)
+                child = node.add(part)
                 self._order[id(child)] = child
             self._order.move_to_end(id(child))
             for local, held in sequence.blocks.items():
@@ -109,7 +128,8 @@ class PrefixMemory:
 
     def _drop(self, node: _Node) -> None:
         assert node.parent is not None
-        del node.parent.children[node.tokens], self._order[id(node)]
+        node.parent.remove(node.tokens)
+        del self._order[id(node)]
         for page in node.pages.values():
             if page != LET_GO:
                 self.pool.give(page)
@@ -120,14 +140,11 @@ class PrefixMemory:
         node, start = self._root, 0
         while start < len(tokens):
             wanted = tuple(tokens[start : start + PAGE])
-            exact = node.children.get(wanted)
-            near = [exact] if exact else node.children.values()
-            found = [(child, agreement(child.tokens, wanted)) for child in near]
-            child, used = max(found, key=lambda item: item[1], default=(node, 0))
-            if not used:
+            found = node.nearest(wanted)
+            if found is None:
                 break
-            path.append((child, used))
-            node, start = child, start + used
+            path.append(found)
+            (node, used), start = found, start + found[1]
             if used < PAGE:
                 break
         return self._usable(path)

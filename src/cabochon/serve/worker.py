@@ -21,7 +21,7 @@ from cabochon.text.detokenize import StreamDecoder
 from cabochon.text.tokenizer import Tokenizer
 
 LOG = logging.getLogger("cabochon.serve")
-TOGETHER = 0.02  # seconds
+TOGETHER = 0.03  # seconds; text that grows thirty times a second seems to flow
 _MAX_FAILURES = 3  # steps in a row that break before the engine counts as dead
 Batch = list[tuple[Job, list[Piece]]]
 
