@@ -125,11 +125,14 @@ def crowd(lm: LM, server: Served) -> dict[str, str]:
 
 
 def overload(rate: float) -> dict[str, str]:
-    """Three times what the server can do, for ten seconds: what is finished, and how soon the rest is told."""
+    """Three times what the server can do, for half a minute: what is finished, and how soon the rest is told.
+
+    Filling up and running empty count as well, which is why it has to last.
+    """
     server = Served("--max-waiting", "64")
     try:
         per_second = 3 * rate / TOKENS
-        count = int(10 * per_second)
+        count = int(30 * per_second)
         got = server.load([body(i) for i in range(count)], [i / per_second for i in range(count)])
         answered = [r for r in got["results"] if r["status"] == 200]
         refused = [r["head"] for r in got["results"] if r["status"] == 429]

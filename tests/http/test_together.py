@@ -25,22 +25,37 @@ def told(server: Running, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(0.0, [1] * 12), (3600.0, [1, 11])])
+@pytest.mark.parametrize(("rate", "expected"), [(float("inf"), [1] * 12), (1e-9, [1, 11])])
 def test_the_first_and_the_last_do_not_wait(
-    server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: list[int]
+    server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, rate: float, expected: list[int]
 ) -> None:
     answer = client.post(CHAT, json=BODY | {"stream": False}).json()["choices"][0]
-    monkeypatch.setattr(worker, "TOGETHER", seconds)
+    monkeypatch.setattr(worker, "EVENTS", rate)
     counts = told(server, monkeypatch)
     parts = [part["choices"][0] for part in events(client, CHAT, BODY)[:-1]]
     assert counts == expected
     assert "".join(part["delta"].get("content", "") for part in parts) == answer["message"]["content"]
-    assert [part["logprobs"]["content"][0] for part in parts if part["logprobs"]] == answer["logprobs"]["content"]
-    assert len(parts) == 14  # an event for each token all the same, the role and the reason for the end
+    logprobs = [one for part in parts if part["logprobs"] for one in part["logprobs"]["content"]]
+    assert logprobs == answer["logprobs"]["content"]
+    assert len(parts) == len(expected) + 2  # the role before them, the reason for the end after them
+
+
+def test_one_that_ends_does_not_send_the_others(
+    server: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "EVENTS", 1e-9)
+    counts = told(server, monkeypatch)
+    with client.stream("POST", CHAT, json=BODY | {"max_tokens": 200}) as long:
+        lines = long.iter_lines()
+        next(lines)
+        events(client, CHAT, BODY)
+        assert counts[-1] == 11  # its own
+        list(lines)
+    assert sum(counts) == 212
 
 
 def test_a_step_that_breaks_does_not_take_along_what_waited(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "TOGETHER", 3600.0)
+    monkeypatch.setattr(worker, "EVENTS", 1e-9)
     with running(lm) as server, server.client() as client:
         engine, steps = server.bridge.lm.engine, iter(range(6))
         forward = engine._forward

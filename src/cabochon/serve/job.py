@@ -3,13 +3,12 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cabochon.generate.sampling import SamplingParams, TokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one token added to an answer. `row` counts prompts first, then the answers to each."""
 
     row: int

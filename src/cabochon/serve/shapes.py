@@ -77,8 +77,8 @@ class ChatShape(Shape):
         return b"".join(self._choice(row, role) for row in range(self.job.rows))
 
     def take(self, pieces: Sequence[Piece]) -> bytes:
-        """Content with every piece that has any, then the reason for the end."""
-        return b"".join(self._piece(piece) for piece in pieces)
+        """What came of each answer in one chunk, then the reason for the end."""
+        return b"".join(self._more(row, came) for row, came in by_row(pieces).items())
 
     def whole(self, rows: Sequence[Row]) -> dict[str, Any]:
         """All answers in one body."""
@@ -105,22 +105,22 @@ class ChatShape(Shape):
         message |= {"content": None, "tool_calls": [call]}
         return message, "tool_calls" if row.finish_reason == "stop" else row.finish_reason
 
-    def _piece(self, piece: Piece) -> bytes:
-        logprobs = self._logprobs([piece])
-        reason = piece.finish_reason
+    def _more(self, row: int, pieces: Sequence[Piece]) -> bytes:
+        logprobs, text = self._logprobs(pieces), "".join(piece.text for piece in pieces)
+        reason = pieces[-1].finish_reason
         if self._readers:
-            reader = self._readers[piece.row]
-            deltas = reader.push(piece.text)
+            reader = self._readers[row]
+            deltas = reader.push(text)
             if reason:
                 deltas += reader.finish(reason == "stop")
                 reason = "tool_calls" if reason == "stop" and reader.called else reason
         else:
-            deltas = [{"content": piece.text}] if piece.text else []
+            deltas = [{"content": text}] if text else []
         if logprobs and not deltas:
             deltas = [{"content": ""}]
-        chunks = [self._choice(piece.row, d, logprobs if i == 0 else None) for i, d in enumerate(deltas)]
+        chunks = [self._choice(row, d, logprobs if i == 0 else None) for i, d in enumerate(deltas)]
         if reason:
-            chunks.append(self._choice(piece.row, {}, reason=reason))
+            chunks.append(self._choice(row, {}, reason=reason))
         return b"".join(chunks)
 
     def _choice(self, row: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
@@ -158,12 +158,14 @@ class TextShape(Shape):
         return b"".join(self._choice(row, text, None, None) for row, text in enumerate(self._echoed) if text)
 
     def take(self, pieces: Sequence[Piece]) -> bytes:
-        """Text with every piece that has any, and the reason with the last."""
-        return b"".join(
-            self._choice(p.row, p.text, self._logprobs(p.row, [p]), p.finish_reason)
-            for p in pieces
-            if p.text or p.finish_reason or p.logprob
-        )
+        """What came of each answer in one chunk, and the reason with the last."""
+        return b"".join(self._more(row, came) for row, came in by_row(pieces).items())
+
+    def _more(self, row: int, pieces: Sequence[Piece]) -> bytes:
+        text, reason = "".join(piece.text for piece in pieces), pieces[-1].finish_reason
+        if not (text or reason or any(piece.logprob for piece in pieces)):
+            return b""
+        return self._choice(row, text, self._logprobs(row, pieces), reason)
 
     def whole(self, rows: Sequence[Row]) -> dict[str, Any]:
         """All answers in one body."""
@@ -195,6 +197,14 @@ class TextShape(Shape):
                 out["text_offset"].append(self._offsets[row])
             self._offsets[row] += len(piece.text)
         return out
+
+
+def by_row(pieces: Sequence[Piece]) -> dict[int, list[Piece]]:
+    """The pieces of each answer, in their order."""
+    rows: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        rows.setdefault(piece.row, []).append(piece)
+    return rows
 
 
 def finite(value: float) -> float:

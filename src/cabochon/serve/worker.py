@@ -1,8 +1,8 @@
 """The thread that steps the engine. Everything that touches the engine happens here, between two steps.
 
-What a step yields goes to the event loop in one piece, so that the loop wakes up once per step and not per token. Where
-steps are shorter than `TOGETHER`, several go in one piece: nobody reads so fast, and each wakes up every stream, and
-every client. The first token of an answer and its end never wait.
+What a step yields goes to the event loop in one piece, so that the loop wakes up once per step and not per token. Every
+stream that it then writes to takes the interpreter away from the engine. So what short steps yield goes together, such
+that all streams get `EVENTS` a second between them. The first token of an answer and its end never wait.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from cabochon.text.detokenize import StreamDecoder
 from cabochon.text.tokenizer import Tokenizer
 
 LOG = logging.getLogger("cabochon.serve")
-TOGETHER = 0.03  # seconds; text that grows thirty times a second seems to flow
+EVENTS = 1000  # a second
 _MAX_FAILURES = 3  # steps in a row that break before the engine counts as dead
 Batch = list[tuple[Job, list[Piece]]]
 
@@ -122,7 +122,7 @@ class EngineThread:
                 self._constrained.add(request)
 
     def _cancel(self, job: Job, error: Exception | None) -> None:
-        self._send()
+        self._send([job])
         mine = [row for row in self._rows.values() if row.job is job]
         for row in mine:
             self._engine.cancel(row.request)
@@ -142,26 +142,30 @@ class EngineThread:
             LOG.exception("a step of the engine broke")
             self._recover(error)
             return
-        urgent = False
+        urgent: dict[Job, None] = {}
         for one in sampled:
             one.request.events.clear()  # they are in `sampled` as well
             row = self._rows.get(one.request)
             if row:
                 piece = self._piece(row, one)
                 self._unsent.setdefault(row.job, []).append(piece)
-                urgent |= not row.begun or piece.finish_reason is not None
+                if piece.finish_reason or not row.begun:
+                    urgent[row.job] = None
                 row.begun = True
-        if urgent or time.monotonic() - self._sent >= TOGETHER:
-            self._send()
+        if time.monotonic() - self._sent >= len(self._unsent) / EVENTS:
+            self._send(list(self._unsent))
+            self._sent = time.monotonic()
+        else:
+            self._send(list(urgent))
         for request in [r for r in self._constrained if r.failure]:
             row = self._rows[request]
             self._cancel(row.job, request.failure)
 
-    def _send(self) -> None:
-        """What has not been told yet."""
-        if self._unsent:
-            self.tell(self._listener.delivered, list(self._unsent.items()))
-            self._unsent, self._sent = {}, time.monotonic()
+    def _send(self, jobs: Sequence[Job]) -> None:
+        """What these have not been told yet."""
+        batch = [(job, self._unsent.pop(job)) for job in jobs if job in self._unsent]
+        if batch:
+            self.tell(self._listener.delivered, batch)
 
     def _piece(self, row: _Row, sampled: Sampled) -> Piece:
         text = row.decoder.push(sampled.token) if sampled.last != "stop" else ""
