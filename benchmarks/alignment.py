@@ -69,7 +69,7 @@ class Sizes:
     start: int = 250
     distill: int = 120
     policy: int = 20
-    warp: int = 15
+    warp: int = 40
     problems: int = 200
 
 
