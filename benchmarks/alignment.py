@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -252,7 +252,7 @@ def at(points: list[tuple[float, float]], kl: float) -> float | None:
 def report_warp(study: Study, seeds: list[int]) -> None:
     """Rewards of both fronts at equal divergence, at the plain run's checkpoints."""
     print("\n| seed | plain, step | KL, nats per answer | plain | WARP | difference |\n|---|---|---|---|---|---|")
-    series = []
+    every: dict[str, list[list[tuple[float, float]]]] = {"warp": [], "plain": []}
     for seed in seeds:
         rows = json.loads((study.out / f"warp-{seed}" / "front.json").read_text())["points"]
         fronts = {run: [(r["kl"], r["reward"]) for r in rows if r["run"] == run] for run in ("warp", "plain")}
@@ -261,10 +261,21 @@ def report_warp(study: Study, seeds: list[int]) -> None:
                 other = at(fronts["warp"], row["kl"])
                 shown = "beyond its front | " if other is None else f"{other:.3f} | {other - row['reward']:+.3f}"
                 print(f"| {seed} | {row['step']:g} | {row['kl']:.2f} | {row['reward']:.3f} | {shown} |")
-        series += [Series(f"{run}, seed {seed}", [(k, r, "") for k, r in front]) for run, front in fronts.items()]
+        for run, front in fronts.items():
+            every[run].append(front)
         best = {run: max(front, key=lambda p: p[1]) for run, front in fronts.items()}
         print(f"seed {seed}, highest: {best}")
-    plot(study.out / "alignment-warp.svg", series, "WARP and one policy for as many steps", "right draws")
+    names = {"warp": "WARP, shares of the last merge", "plain": "one policy, a fifth of the steps further each"}
+    series = [
+        Series(name, [(*mean(points), "") for points in zip(*every[run], strict=True)]) for run, name in names.items()
+    ]
+    plot(study.out / "alignment-warp.svg", series, f"Means over {len(seeds)} seeds of as many steps", "right draws")
+
+
+def mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The point in the middle of several."""
+    x, y = zip(*points, strict=True)
+    return statistics.fmean(x), statistics.fmean(y)
 
 
 def main() -> None:
