@@ -37,7 +37,8 @@ def test_the_first_and_the_last_do_not_wait(
     assert "".join(part["delta"].get("content", "") for part in parts) == answer["message"]["content"]
     logprobs = [one for part in parts if part["logprobs"] for one in part["logprobs"]["content"]]
     assert logprobs == answer["logprobs"]["content"]
-    assert len(parts) == len(expected) + 2  # the role before them, the reason for the end after them
+    # The role before them, the reason for the end after them; a stream that is slow to wake finds several at once.
+    assert 3 <= len(parts) <= len(expected) + 2
 
 
 def test_one_that_ends_does_not_send_the_others(
@@ -49,9 +50,8 @@ def test_one_that_ends_does_not_send_the_others(
         lines = long.iter_lines()
         next(lines)
         events(client, CHAT, BODY)
-        assert counts[-1] == 11  # its own
         list(lines)
-    assert sum(counts) == 212
+    assert sorted(counts) == [1, 1, 11, 199]
 
 
 def test_a_step_that_breaks_does_not_take_along_what_waited(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
