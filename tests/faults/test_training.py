@@ -102,6 +102,17 @@ def test_killed_at_any_instant_it_ends_with_the_same_bytes(work: Path, whole: st
     same("run", whole)
 
 
+def test_killed_between_its_last_checkpoint_and_its_result_it_leaves_nothing_behind(work: Path, whole: str) -> None:
+    shutil.copytree(whole, "run")
+    shutil.copytree(f"run/checkpoints/{STEPS - 3:06d}", f"run/checkpoints/{STEPS - 6:06d}")  # not yet removed
+    Path("run/config.json").unlink()  # the result's last file
+    assert finished(started("run"))[0] == 0
+    same("run", whole)
+    Path("run/.result/model").mkdir(parents=True)  # its files were moved to where they belong
+    assert finished(started("run"))[0] == 0
+    same("run", whole)
+
+
 @pytest.mark.parametrize(
     "moment",
     [

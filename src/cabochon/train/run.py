@@ -8,6 +8,7 @@ OUT/log.jsonl, OUT/loss.svg                        what happened
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -124,7 +125,7 @@ class Run:
             self._restore(found)
         trainer = self.trainer
         done = trainer.step_number >= trainer.config.steps
-        if done and ranks.on_first(lambda: any((self.out / name).exists() for name in DONE)):
+        if done and ranks.on_first(self._published):
             self._note(f"{self.out} is done: {trainer.step_number} steps")
             return 0
         ranks.on_first(self._open)
@@ -153,6 +154,13 @@ class Run:
                 return signal
             self._publish(log)
         return 0
+
+    def _published(self) -> bool:
+        """Whether the result is there. What a process that was killed right then left beside it goes."""
+        there = any((self.out / name).exists() for name in DONE)
+        if there:
+            shutil.rmtree(self.out / ".result", ignore_errors=True)
+        return there
 
     def _open(self) -> None:
         self._write_settings()
@@ -240,6 +248,8 @@ class Run:
             raise _unwritable(self.out, error) from None
 
     def _publish(self, log: Log | None) -> None:
+        # Killed between its last checkpoint and this, a process may have left one too many.
+        self.ranks.on_first(lambda: checkpoint.remove_old(self.out, self.trainer.config.keep))
         if log:
             log.draw(self.out.name)
         self._swap_average()
