@@ -162,6 +162,8 @@ def test_vertex(written: Callable[..., Path], lm: LM, tmp_path: Path) -> None:
                           [{"prompt": "x", "stream": True}], [instance, {"prompt": [2**40]}]):  # fmt: skip
                 assert predict(instances=wrong).status_code == 400, wrong
             assert predict(instances=["x"], parameters=[]).status_code == 400
+            for one in ("x", {"prompt": "x"}, instance):
+                assert predict(instances=[one], parameters={"stream": True}).status_code == 400, one
     assert {path.rpartition("%2F")[2].partition("?")[0] for path in server.asked if "alt=media" in path} == {
         file.name for file in TINY.iterdir()
     }

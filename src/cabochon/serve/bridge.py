@@ -88,6 +88,8 @@ class Bridge:
         future: asyncio.Future[T] = self._loop.create_future()
 
         def run() -> None:
+            if future.done():  # nobody waits any more
+                return
             try:
                 result = function()
             except Exception as error:
@@ -96,7 +98,7 @@ class Bridge:
                 self._thread.tell(_settle, future, result, None)
 
         try:
-            self._thread.post(run)
+            self._thread.call(run)
             return await asyncio.wait_for(future, self.deadline)
         except TimeoutError:
             raise unavailable(f"no answer within {self.deadline:g} seconds", "timeout") from None

@@ -33,7 +33,7 @@ def turns(messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), *, strict
                 raise _refused(number, message.role)
         return [{"role": m.role, "content": content(m, i)} for i, m in enumerate(messages)]
     instructions = [describe(tools)] if tools else []
-    folded: list[Message] = []
+    folded: list[tuple[str, list[str]]] = []
     for number, message in enumerate(messages):
         text = content(message, number)
         if message.role in ("system", "developer"):
@@ -45,7 +45,7 @@ def turns(messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), *, strict
         _append(folded, role, text)
     if instructions:
         _append(folded, "user", "\n\n".join(instructions))
-    return folded
+    return [{"role": role, "content": "\n\n".join(texts)} for role, texts in folded]
 
 
 def content(message: ChatMessage, number: int) -> str:
@@ -81,11 +81,11 @@ def _as_answered(name: str, arguments: str) -> str:
     return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments or "{}"}}}'
 
 
-def _append(folded: list[Message], role: str, text: str) -> None:
-    if folded and folded[-1]["role"] == role:
-        folded[-1]["content"] += f"\n\n{text}"
+def _append(folded: list[tuple[str, list[str]]], role: str, text: str) -> None:
+    if folded and folded[-1][0] == role:
+        folded[-1][1].append(text)
     else:
-        folded.append({"role": role, "content": text})
+        folded.append((role, [text]))
 
 
 def _refused(number: int, role: str) -> ApiError:

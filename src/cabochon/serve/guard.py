@@ -1,6 +1,7 @@
 """What every request passes on its way in and out: who may come in, how large it may be, an id, a line in the log."""
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -188,5 +189,6 @@ def write_log(settings: ServeSettings, event: str, line: dict[str, Any]) -> None
         text = orjson.dumps(fields, default=str).decode()
     else:
         text = " ".join(str(v) if k in ("time", "event") else f"{k}={v!r}" for k, v in fields.items())
-    sys.stderr.write(text + "\n")  # in one piece: several processes may write to the same place
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk, or nobody who reads: no reason to answer nobody
+        sys.stderr.write(text + "\n")  # in one piece: several processes may write to the same place
+        sys.stderr.flush()

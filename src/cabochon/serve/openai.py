@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from cabochon.base.errors import CabochonError
 from cabochon.generate.grammar import Constraint
 from cabochon.lm import LM
+from cabochon.serve.bridge import Bridge
 from cabochon.serve.conversation import turns
 from cabochon.serve.errors import ApiError, spoken
 from cabochon.serve.fields import (
@@ -26,7 +27,7 @@ from cabochon.serve.fields import (
 from cabochon.serve.service import Service
 from cabochon.serve.shapes import ChatShape, TextShape
 from cabochon.serve.tools import call_constraint, usable_tools
-from cabochon.serve.wire import EventStream, JsonResponse, note, read, whole
+from cabochon.serve.wire import EventStream, JsonResponse, note, read, unless_gone, whole
 from cabochon.text.chat import Message, encode_chat
 
 
@@ -41,7 +42,7 @@ async def chat(request: Request) -> Response | ASGIApp:
     service, asked = service_of(request), await read(request, ChatRequest)
     bridge = service.free_model(asked.model)
     for tool in asked.tools or ():
-        _check_depth(tool.function.parameters, service.settings.max_schema_depth, "tools")
+        check_depth(tool.function.parameters, service.settings.max_schema_depth, "tools")
     tools = usable_tools(asked.tools, asked.tool_choice)
     messages = turns(asked.messages, tools, strict=service.settings.strict_roles)
     ids = await encode_messages(service, messages)
@@ -115,13 +116,17 @@ async def embeddings(request: Request) -> Response:
         said = f"input: 1 to {service.settings.max_prompts} texts at a time"
         raise ApiError(400, said, code="invalid_value", param="input")
     prompts = [await service.encode_text(text, "input") for text in texts]
-    vectors = [await bridge.call(partial(embed, bridge.lm, ids)) for ids in prompts]
+    vectors = await unless_gone(request.receive, _embedded(bridge, prompts))
     service.metrics.prompt_tokens.add(sum(map(len, prompts)))
     binary = asked.encoding_format == "base64"
     data = [{"object": "embedding", "index": i, "embedding": _vector(v, binary)} for i, v in enumerate(vectors)]
     tokens = sum(map(len, prompts))
     counted = {"prompt_tokens": tokens, "total_tokens": tokens}
     return JsonResponse({"object": "list", "data": data, "model": _name(service, asked.model), "usage": counted})
+
+
+async def _embedded(bridge: Bridge, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    return [await bridge.call(partial(embed, bridge.lm, ids)) for ids in prompts]
 
 
 @torch.inference_mode()
@@ -216,11 +221,12 @@ def _json(asked: ChatRequest, deepest: int) -> Constraint:
             said = "response_format.json_schema: it is missing"
             raise ApiError(400, said, code="invalid_value", param="response_format.json_schema")
         schema = wanted.json_schema.schema_
-    _check_depth(schema, deepest, "response_format")
+    check_depth(schema, deepest, "response_format")
     return Constraint.json(schema)
 
 
-def _check_depth(schema: Any, deepest: int, param: str) -> None:
+def check_depth(schema: Any, deepest: int, param: str) -> None:
+    """Raise `ApiError` for a schema of too many levels."""
     level = [schema]
     for _ in range(deepest):
         level = [c for v in level for c in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]

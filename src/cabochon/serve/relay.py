@@ -27,7 +27,7 @@ from cabochon.serve.metrics import CONTENT_TYPE, Counter
 from cabochon.serve.replica import Plan
 from cabochon.serve.server import Server, run
 from cabochon.serve.service import Service
-from cabochon.serve.wire import Gone, JsonResponse, event
+from cabochon.serve.wire import JsonResponse, event, unless_gone
 
 TRIES = 3  # replicas that a request is sent to: it may be what they were lost to
 _OURS = ("/health", "/ready", "/metrics")
@@ -112,16 +112,7 @@ class Relay:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, until it is answered or nobody waits for it any more."""
         body = await _whole(receive)
-        answering = asyncio.ensure_future(self._answer(scope, body, send))
-        leaving = asyncio.ensure_future(_until_gone(receive))
-        try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
-                raise Gone
-            await answering
-        finally:
-            leaving.cancel()
-            answering.cancel()
+        await unless_gone(receive, self._answer(scope, body, send))
 
     async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
         fleet, known, lost = self._fleet(), beginnings(body) if body else [], set[int]()
@@ -226,11 +217,6 @@ async def _whole(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(parts)
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class FleetServer(Server):

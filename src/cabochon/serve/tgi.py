@@ -15,7 +15,7 @@ from cabochon.serve.bridge import Bridge
 from cabochon.serve.errors import ApiError, invalid, spoken
 from cabochon.serve.fields import Lenient, StopText, Strict, Text
 from cabochon.serve.job import Job, Piece
-from cabochon.serve.openai import service_of
+from cabochon.serve.openai import check_depth, service_of
 from cabochon.serve.service import Service
 from cabochon.serve.shapes import finite
 from cabochon.serve.wire import EventStream, JsonResponse, event, note, read, whole
@@ -125,14 +125,14 @@ async def _submit(request: Request, service: Service, asked: GenerateRequest) ->
         seed=wanted.seed,
         stop=tuple(wanted.stop or ()),
         logprobs=0,
-        constraint=_constraint(wanted.grammar),
+        constraint=_constraint(wanted.grammar, service.settings.max_schema_depth),
     )
     job = await bridge.submit(prompts, params)
     note(request, job, asked.inputs)
     return bridge, job
 
 
-def _constraint(grammar: Grammar | None) -> Constraint | None:
+def _constraint(grammar: Grammar | None, deepest: int) -> Constraint | None:
     if grammar is None:
         return None
     try:
@@ -140,9 +140,10 @@ def _constraint(grammar: Grammar | None) -> Constraint | None:
             if not isinstance(grammar.value, str):
                 raise ApiError(422, "grammar: an expression is a text", code="invalid_value", param="grammar")
             return Constraint(regex=grammar.value)
-        value = grammar.value
-        return Constraint(json_schema=value if isinstance(value, str) else orjson.dumps(value).decode())
-    except (CabochonError, orjson.JSONEncodeError) as error:
+        schema = orjson.loads(grammar.value) if isinstance(grammar.value, str) else grammar.value
+        check_depth(schema, deepest, "grammar")
+        return Constraint(json_schema=orjson.dumps(schema).decode())
+    except (CabochonError, orjson.JSONDecodeError, orjson.JSONEncodeError) as error:
         said = spoken(error) if isinstance(error, CabochonError) else str(error)
         raise ApiError(422, f"grammar: {said}", code="unusable_constraint", param="grammar") from None
 

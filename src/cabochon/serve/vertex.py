@@ -50,7 +50,7 @@ async def _one(request: Request, number: int, asked: PredictRequest) -> Any:
     kind = fields.pop(FORMAT, None)
     if kind not in (None, "chatCompletions"):
         raise ApiError(400, f"instances[{number}]: {FORMAT} can be chatCompletions", code="invalid_value")
-    if fields.get("stream"):
+    if {**shared, **fields}.get("stream"):
         raise ApiError(400, f"instances[{number}]: a prediction is no stream", code="invalid_value", param="stream")
     if kind:
         return orjson.loads((await _ask(openai.chat, request, {**shared, **fields})).body)

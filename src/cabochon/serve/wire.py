@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -19,6 +19,7 @@ from cabochon.serve.job import Job, Piece
 
 LOG = logging.getLogger("cabochon.serve")
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
            (b"x-accel-buffering", b"no")]  # fmt: skip
 
@@ -53,13 +54,31 @@ async def read(request: Request, kind: type[M]) -> M:
     return kind.model_validate(content)
 
 
+async def until_gone(receive: Receive) -> None:
+    """Until the client goes away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What comes of some work. Ends it and raises `Gone` when the client goes away meanwhile."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(until_gone(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Gone
+        return await working
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
 @asynccontextmanager
 async def watched(bridge: Bridge, job: Job, receive: Receive) -> AsyncIterator[None]:
     """While an answer is awaited: a client that goes away ends it, and so does whatever leaves this block."""
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await until_gone(receive)
         job.fail(Gone())
         bridge.cancel(job)
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,7 +55,8 @@ class EngineThread:
         self, engine: Engine, tokenizer: Tokenizer, loop: asyncio.AbstractEventLoop, listener: Listener
     ) -> None:
         self._engine, self._tokenizer, self._loop, self._listener = engine, tokenizer, loop, listener
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[Callable[[], None]] = deque()  # beginnings and ends, which take no time
+        self._calls: deque[Callable[[], None]] = deque()  # what may take as long as a step, or longer
         self._wake = threading.Condition()
         self._stopping = self._dead = False
         self._rows: dict[Request, _Row] = {}
@@ -67,17 +68,15 @@ class EngineThread:
 
     def submit(self, job: Job, matchers: Sequence[Matcher | None]) -> None:
         """Begin the answers of a job, a matcher for each."""
-        self.post(lambda: self._submit(job, matchers))
+        self._post(self._commands, lambda: self._submit(job, matchers))
 
     def cancel(self, job: Job) -> None:
         """End what is left of a job."""
-        self.post(lambda: self._cancel(job, None))
+        self._post(self._commands, lambda: self._cancel(job, None))
 
-    def post(self, command: Callable[[], None]) -> None:
-        """Run something on this thread. It raises nothing."""
-        self._commands.append(command)
-        with self._wake:
-            self._wake.notify()
+    def call(self, function: Callable[[], None]) -> None:
+        """Run something on this thread, one such function between two steps. It raises nothing."""
+        self._post(self._calls, function)
 
     def tell(self, function: Callable[..., None], *arguments: object) -> None:
         """Run something on the event loop."""
@@ -93,16 +92,31 @@ class EngineThread:
             self._wake.notify()
         self._thread.join()
 
+    def _post(self, queue: deque[Callable[[], None]], command: Callable[[], None]) -> None:
+        queue.append(command)
+        with self._wake:
+            self._wake.notify()
+
     def _work(self) -> None:
         while not self._stopping:
-            while self._commands:
-                self._commands.popleft()()
-            if not self._dead and not self._engine.idle:
-                self._step()
-                continue
-            with self._wake:
-                if not self._commands and not self._stopping:
-                    self._wake.wait()
+            try:
+                self._turn()
+            except Exception as error:  # a defect here: nobody may wait for a thread that is gone
+                LOG.exception("the engine's thread broke")
+                self._die(error)
+
+    def _turn(self) -> None:
+        """What is to be done before a step, and the step; or wait for something to do."""
+        while self._commands:
+            self._commands.popleft()()
+        if self._calls:
+            self._calls.popleft()()
+        if not self._dead and not self._engine.idle:
+            self._step()
+            return
+        with self._wake:
+            if not self._commands and not self._calls and not self._stopping:
+                self._wake.wait()
 
     def _submit(self, job: Job, matchers: Sequence[Matcher | None]) -> None:
         if job.cancelled or self._dead:
@@ -157,9 +171,9 @@ class EngineThread:
             self._sent = time.monotonic()
         else:
             self._send(list(urgent))
-        for request in [r for r in self._constrained if r.failure]:
-            row = self._rows[request]
-            self._cancel(row.job, request.failure)
+        failed = {self._rows[r].job: r.failure for r in self._constrained if r.failure}
+        for job, failure in failed.items():
+            self._cancel(job, failure)
 
     def _send(self, jobs: Sequence[Job]) -> None:
         """What these have not been told yet."""
@@ -191,5 +205,14 @@ class EngineThread:
                 LOG.exception("a request cannot be cancelled")
                 self._failures = _MAX_FAILURES
         if self._failures >= _MAX_FAILURES:
-            self._dead = True
-            self.tell(self._listener.died)
+            self._die(error)
+
+    def _die(self, error: Exception) -> None:
+        """Take nothing more on, and tell all who wait."""
+        self._dead = True
+        self.tell(self._listener.died)
+        waiting = Counter(row.job for row in self._rows.values())
+        for held in (self._rows, self._constrained, self._unsent):
+            held.clear()
+        for job, rows in waiting.items():
+            self.tell(self._listener.lost, job, rows, error)
