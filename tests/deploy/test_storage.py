@@ -1,5 +1,6 @@
 """A model out of a bucket: whole or not at all, through a service that is not always well."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,19 @@ def test_what_does_not_get_better_is_said(tmp_path: Path) -> None:
         with pytest.raises(MissingResource, match="404"):
             storage(server).download("gs://nobody/b", tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bucket({"a/x": b"abcdefgh"}) as server:
+        monkeypatch.setattr(Path, "open", lambda _, mode: io.FileIO("/dev/full", mode))
+        with pytest.raises(MissingResource, match="not written") as caught:
+            storage(server).download("gs://models/a", tmp_path / "m")
+        assert caught.value.cause == "No space left on device"
+        assert sum("alt=media" in path for path in server.asked) == 1
+        monkeypatch.undo()
+        (tmp_path / "file").touch()
+        with pytest.raises(MissingResource, match="not written"):
+            storage(server).download("gs://models/a", tmp_path / "file" / "m")
 
 
 def test_other_bytes_of_the_same_length_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
@@ -50,14 +51,15 @@ class Storage:
     def download(self, uri: str, folder: Path) -> Path:
         """Everything below gs://bucket/path, as a folder that is there as a whole or not at all.
 
-        Raises `BadInput` for an address or an object that cannot be, `MissingResource` when the service fails.
+        Raises `BadInput` for an address or an object that cannot be, `MissingResource` when the service fails or
+        the disk does.
         """
         bucket, prefix = parsed(uri)
         found = list(self.listed(bucket, prefix))
         if not found:
             raise MissingResource(f"there is no model at {uri}", "no object begins with that path", "check the path")
         targets = [inside(stored.name[len(prefix) :]) for stored in found]
-        with atomic_folder(folder, overwrite=True) as new, ThreadPoolExecutor(_AT_A_TIME) as pool:
+        with _kept(folder), atomic_folder(folder, overwrite=True) as new, ThreadPoolExecutor(_AT_A_TIME) as pool:
             list(pool.map(lambda one, target: self._fetch(bucket, one, new / target), found, targets))
         return folder
 
@@ -76,8 +78,8 @@ class Storage:
     def _fetch(self, bucket: str, stored: Stored, target: Path) -> None:
         def write(response: HTTPResponse) -> None:
             hashed, size = hashlib.md5(usedforsecurity=False), 0
-            with target.open("wb") as file:
-                while block := response.read(_BLOCK):
+            with _kept(target), target.open("wb") as file:
+                while block := _next(response):
                     file.write(block)
                     hashed.update(block)
                     size += len(block)
@@ -127,6 +129,24 @@ def inside(name: str) -> str:
     if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name or "\0" in name:
         raise BadInput(f"the object {name!r} cannot be a file", "its name leads out of the folder", "rename it")
     return name
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """What this machine's disk refuses, which asking again does not help."""
+    try:
+        yield
+    except OSError as error:
+        hint = "free some space, or name a folder on another disk (TMPDIR)"
+        raise MissingResource(f"{path} was not written", error.strerror or str(error), hint) from None
+
+
+def _next(response: HTTPResponse) -> bytes:
+    """More of a body. Raises `HTTPException` where the network fails, which is no matter of the disk."""
+    try:
+        return response.read(_BLOCK)
+    except OSError as error:
+        raise HTTPException(str(error)) from None
 
 
 def _failed(address: str, error: Exception) -> CabochonError:

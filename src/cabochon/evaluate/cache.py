@@ -25,11 +25,15 @@ INTERVAL = 1.0  # seconds of work that may be lost when the process is killed
 class Store:
     """Values by key, in memory, and appended to a file if there is one."""
 
-    def __init__(self, file: IO[bytes] | None = None, known: dict[str, Value] | None = None) -> None:
+    def __init__(
+        self, file: IO[bytes] | None = None, known: dict[str, Value] | None = None, begin: bytes = b""
+    ) -> None:
+        """`begin`: what is written before the first value."""
         self._file, self._known = file, known or {}
-        self._lines: list[bytes] = []
+        self._lines = [begin] if begin else []
         self._written = time.monotonic()
         self.reused = 0
+        self.trouble = ""  # why nothing more is written
 
     def get(self, key: str) -> Value | None:
         """What was put under a key; None: nothing."""
@@ -47,7 +51,10 @@ class Store:
     def flush(self) -> None:
         """Write what has come since the last time; whole lines at once, so that two processes may share a file."""
         if self._file and self._lines:
-            self._file.write(b"".join(self._lines))
+            try:
+                self._file.write(b"".join(self._lines))
+            except OSError as error:  # an evaluation does not need it
+                self._file, self.trouble = None, error.strerror or str(error)
         self._lines.clear()
         self._written = time.monotonic()
 
@@ -67,9 +74,7 @@ def open_store(folder: Path | None, model: str) -> Iterator[Store]:
         cause = error.strerror or str(error)
         raise MissingResource(f"{path} cannot be used", cause, "name another folder, or use --no-cache") from None
     with file:
-        if file.tell() and not _ends_a_line(file):
-            file.write(b"\n")
-        store = Store(file, known)
+        store = Store(file, known, b"" if not file.tell() or _ends_a_line(file) else b"\n")
         try:
             yield store
         finally:

@@ -168,6 +168,8 @@ def run(
         notes.append(f"{backend.unsaid} prompts had instructions as a system turn, which Gemma 2 has not: left out")
     if backend.store.reused:
         notes.append(f"{backend.store.reused} requests were known from earlier runs")
+    if backend.store.trouble:
+        notes.append(f"finished requests are not kept any more: {backend.store.trouble}")
     seconds = time.perf_counter() - started
     return Report(name, dict(settings), found.results, found.failures, found.spreads, notes, seconds)
 

@@ -56,6 +56,16 @@ def test_a_killed_process_leaves_what_is_older_than_a_moment(tmp_path):
         assert [store.get(str(n)) for n in range(50)] == list(range(50))
 
 
+def test_a_full_disk_ends_the_keeping_and_not_the_evaluation(tmp_path):
+    (tmp_path / "model.jsonl").symlink_to("/dev/full")
+    with open_store(tmp_path, "model") as store:
+        store.put("a", 1)
+        store.flush()
+        assert store.trouble == "No space left on device"
+        store.put("b", 2)
+        assert (store.get("a"), store.get("b")) == (1, 2)
+
+
 def test_without_a_folder_nothing_is_kept():
     with open_store(None, "model") as store:
         store.put("a", 1)
