@@ -144,10 +144,11 @@ class Study:
         tokenizer = load_tokenizer(built_in())
         prompts = prompts_of(DataConfig(sources=(str(self.held_out),)), tokenizer, train, rollouts)
         with tempfile.TemporaryDirectory() as folder:
-            rewards = open_rewards(RewardConfig(reward=("exact",)), Path(folder))
+            rewards = open_rewards(RewardConfig(reward=("exact",)), Path(folder), "cpu")
             try:
                 anchor = load_model(reference, dtype=torch.float32)
-                return PolicyMeasure(anchor, prompts, rewards, tokenizer, rollouts, train)(model)  # type: ignore[arg-type]
+                measure = PolicyMeasure(anchor, prompts, rewards, tokenizer, rollouts, train, most_failures=0)
+                return measure(model)  # type: ignore[arg-type]
             finally:
                 rewards.close()
 

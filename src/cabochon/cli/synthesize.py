@@ -64,7 +64,10 @@ def synthesize(
     from cabochon.lm.synthesize import synthesize
 
     total = sum(len(rows.sizes) for rows in prompt_rows(data))
-    with _best(best_of, pairs, rewards, out) as best, track(total, "answering", unit="prompts") as advance:
+    with (
+        _best(best_of, pairs, rewards, out, str(lm.model.device)) as best,
+        track(total, "answering", unit="prompts") as advance,
+    ):
         name = model or ""
         done = synthesize(lm, data, out, named=name, batch=batch, sampling=settings, best=best, report=advance)
     if left := done.left_out():
@@ -84,7 +87,7 @@ def _check(best_of: int, pairs: bool, rewards: RewardConfig, sampling: SamplingO
 
 
 @contextmanager
-def _best(best_of: int, pairs: bool, config: RewardConfig, out: Path) -> "Iterator[BestOf | None]":
+def _best(best_of: int, pairs: bool, config: RewardConfig, out: Path, device: str) -> "Iterator[BestOf | None]":
     """How answers are chosen. Whatever scores them is closed behind the block."""
     if best_of < 2:
         yield None
@@ -94,7 +97,7 @@ def _best(best_of: int, pairs: bool, config: RewardConfig, out: Path) -> "Iterat
 
     named = repr(config.settled())
     verdicts = config.judge_cache or out.with_name(f"{out.name}.judge.jsonl")
-    opened = open_rewards(replace(config, judge_cache=verdicts), out.parent)
+    opened = open_rewards(replace(config, judge_cache=verdicts), out.parent, device)
     try:
         yield BestOf(best_of, _scoring(opened, config.max_failed_rewards), pairs, named)
     finally:

@@ -145,7 +145,7 @@ def _check(told: Told, start: Path) -> None:
         if data:
             prompts_of(data, load_tokenizer(start), train, answers)
     with tempfile.TemporaryDirectory() as folder:
-        open_rewards(told.policy["rewards"], Path(folder)).close()
+        open_rewards(told.policy["rewards"], Path(folder), "cpu").close()
 
 
 def _held_out(told: Told) -> "DataConfig | None":
@@ -220,9 +220,9 @@ def _measure(told: Told, start: Path, out: Path, device: str | None) -> "Iterato
     reference = load_model(start, dtype=torch.float32, device=setup(device).device).requires_grad_(False)
     depends = [told.warp.settled(), told.flags, rollouts.settled(), rewards.settled(), prompts.identity()]
     word = hashlib.sha256(json_format.dumps(depends, default=str).encode()).hexdigest()[:16]
-    opened = open_rewards(rewards, out)
+    opened = open_rewards(rewards, out, str(reference.device))
     try:
-        yield PolicyMeasure(reference, prompts, opened, tokenizer, rollouts, train), word
+        yield PolicyMeasure(reference, prompts, opened, tokenizer, rollouts, train, rewards.max_failed_rewards), word
     finally:
         opened.close()
 

@@ -73,7 +73,7 @@ class JudgeConfig:
 
 def open_judge(config: JudgeConfig) -> "Judge":
     """The judge, with a key from the environment where none is given. Raises as `Judge`."""
-    key = config.key or next((os.environ[name] for name in KEY if os.environ.get(name)), None)
+    key = config.key or next((found for name in KEY if (found := os.environ.get(name, "").strip())), None)
     return Judge(replace(config, key=key))
 
 
@@ -133,7 +133,7 @@ class Judge:
             except urllib.error.HTTPError as error:
                 failed, wait = f"the server said {error.code} {error.reason}", error.headers.get("Retry-After")
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    return Failure(f"{failed}: {error.read(300).decode(errors='replace').strip()}")
+                    return Failure(f"{failed}: {_beginning(error)}")
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out
                 failed, wait = f"{self.config.url} cannot be reached: {error}", None
             except (ValueError, LookupError, TypeError):
@@ -160,6 +160,14 @@ class Judge:
         if not isinstance(said, str):
             raise TypeError
         return said
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    """What the server said beside the status, as far as it comes."""
+    try:
+        return error.read(300).decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        return "and the rest of its answer did not come"
 
 
 def _body(response: http.client.HTTPResponse, until: float) -> bytes:

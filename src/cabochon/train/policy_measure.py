@@ -18,7 +18,7 @@ from cabochon.train.policy_stream import sample_of
 from cabochon.train.rollout import Rollout, pack_rollouts
 from cabochon.train.rollout_config import RolloutConfig
 from cabochon.train.sampler import Sampler
-from cabochon.train.scoring import Rewards, Scored
+from cabochon.train.scoring import Rewards, Scored, check_failures
 from cabochon.train.step import precision
 
 ROWS = 16  # of answers, that both models look at together
@@ -35,6 +35,7 @@ class PolicyMeasure:
         tokenizer: of all these models.
         rollouts: how answers are drawn, and how many to each prompt.
         train: the precision of products, and the length of a row, which holds a prompt and its answer.
+        most_failures: answers of one model that may have no reward.
     """
 
     reference: Gemma2
@@ -43,11 +44,13 @@ class PolicyMeasure:
     tokenizer: Tokenizer
     rollouts: RolloutConfig
     train: TrainConfig
+    most_failures: int
 
     def __call__(self, model: Gemma2) -> dict[str, float]:
-        """`reward` and its standard error, `kl` from the reference in nats per answer and per token, `length`, `cut`.
+        """`reward` and its standard error, `kl` from the reference in nats per answer and per token, `length`, `cut`,
+        and the share that `failed`: had no reward.
 
-        Raises `BadInput` when no answer got a reward.
+        Raises `BadInput` when no answer got a reward, or too many did not: models would be compared by other answers.
         """
         stops = self.tokenizer.stop_ids | frozenset(model.config.eos_ids)
         rollouts = self._answers(model, stops)
@@ -55,6 +58,8 @@ class PolicyMeasure:
         totals = [one.total for one in scored if one.total is not None]
         if not totals:
             raise BadInput("no answer got a reward", _reason(scored), "mend the reward, then give the same command")
+        failed = len(scored) - len(totals)
+        check_failures(failed, self.most_failures, _reason(scored))
         mean = fmean(totals)
         spread = math.sqrt(sum((total - mean) ** 2 for total in totals) / max(1, len(totals) - 1) / len(totals))
         kl, tokens = self._divergence(model, rollouts)
@@ -65,6 +70,7 @@ class PolicyMeasure:
             "kl_per_token": kl / tokens,
             "length": tokens / len(rollouts),
             "cut": fmean(rollout.answer.cut for rollout in rollouts),
+            "failed": failed / len(scored),
         }
 
     def _answers(self, model: Gemma2, stops: frozenset[int]) -> list[Rollout]:

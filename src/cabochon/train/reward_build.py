@@ -11,7 +11,7 @@ from cabochon.train.scoring import Rewards, Scorer
 VERDICTS = "judge.jsonl"
 
 
-def open_rewards(config: RewardConfig, out: Path, device: str = "cpu") -> Rewards:
+def open_rewards(config: RewardConfig, out: Path, device: str) -> Rewards:
     """The rewards of a configuration, checked as far as they can be without an answer.
 
     Args:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from cabochon.base import errors
 from cabochon.train.scoring import Failure, Sample, Score
 
 START_SECONDS = 120  # that importing the user's file may take
+_LAST_SECONDS = 5.0  # for the last words of a process that has ended
 
 
 class FunctionScorer:
@@ -95,10 +98,15 @@ class _Worker:
         return json.loads(line)
 
     def end(self) -> None:
-        """At once."""
+        """At once, with what it has started: that would hold the pipe that is listened to."""
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group, as it has a session of its own
         self.process.kill()
         self.process.wait()
-        self.thread.join()
+        self.thread.join(_LAST_SECONDS)
+        if self.thread.is_alive():  # what it started has left the group: closing would wait for it, too
+            return
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):  # what was not yet written to it

@@ -1,6 +1,8 @@
 """A judge over HTTP: a server that behaves badly in all known ways, and `cabochon serve` itself."""
 
 import json
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,12 @@ class Fake:
                 status, said = answer(number, body)
                 if said is None:  # hang up
                     handler.connection.close()
+                    return
+                if said is ...:  # break off in the middle of the body
+                    handler.wfile.write(b"HTTP/1.1 %d No\r\nContent-Length: 100\r\n\r\nbe" % status)
+                    linger = struct.pack("ii", 1, 0)  # with a reset
+                    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    handler.close_connection = True
                     return
                 if isinstance(said, str):
                     said = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
@@ -134,6 +142,12 @@ def test_what_cannot_be_had_is_a_failure(status: int, said: Any, tries: int, rea
         assert not cache.exists()  # a run begins in an empty folder
 
 
+def test_a_refusal_that_breaks_off_is_a_failure() -> None:
+    with fake(lambda number, body: (400, ...)) as server, judge(server.url) as (made, _):
+        (found,) = made(samples("4"))
+        assert isinstance(found, Failure) and "400" in found.reason
+
+
 def test_a_server_that_hangs_is_given_up() -> None:
     released = threading.Event()
 
@@ -192,13 +206,13 @@ def test_wrong_settings(tmp_path: Path) -> None:
             Judge(JudgeConfig(url="http://x", cache=tmp_path / "other.txt"))
         assert (tmp_path / "other.txt").read_text() == text  # it may be somebody's
     with pytest.raises(MissingResource, match="judge-prompt"):
-        open_rewards(RewardConfig(reward=("judge:http://x",), judge_prompt=tmp_path / "no"), tmp_path)
+        open_rewards(RewardConfig(reward=("judge:http://x",), judge_prompt=tmp_path / "no"), tmp_path, "cpu")
 
 
 def test_by_name_with_a_key_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "from the environment")
+    monkeypatch.setenv("OPENAI_API_KEY", "from the environment\n")  # as a file of secrets gives it
     with fake(last_word) as server:
-        rewards = open_rewards(RewardConfig(reward=(f"judge:{server.url}",), judge_scale=5), tmp_path)
+        rewards = open_rewards(RewardConfig(reward=(f"judge:{server.url}",), judge_scale=5), tmp_path, "cpu")
         assert rewards(samples("4"))[0].total == 0.8
         rewards.close()
         assert server.asked[0][1]["Authorization"] == "Bearer from the environment"

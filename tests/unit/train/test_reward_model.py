@@ -117,9 +117,9 @@ def test_a_reward_model_is_no_language_model_and_the_other_way_round(tokenizer: 
     with pytest.raises(BadInput, match=r"not a reward model(.|\n)*train reward"):
         ModelScorer(tmp_path / "model")
     with pytest.raises(UsageError, match="no folder"):
-        open_rewards(RewardConfig(reward=("model:",)), tmp_path)
+        open_rewards(RewardConfig(reward=("model:",)), tmp_path, "cpu")
     with pytest.raises(CabochonError, match="no such folder"):
-        open_rewards(RewardConfig(reward=("model:nowhere",)), tmp_path)
+        open_rewards(RewardConfig(reward=("model:nowhere",)), tmp_path, "cpu")
 
 
 def test_calibration_written_out(tokenizer: Tokenizer) -> None:
@@ -177,7 +177,7 @@ def test_the_command_learns_and_its_result_is_a_reward(tmp_path: Path, monkeypat
     assert last["eval_accuracy"] == 1 and 0 <= last["eval_ece"] < 0.5 and not any("gap" in name for name in last)
     assert json.loads(Path("run/config.json").read_text())["architectures"] == ["Gemma2ForSequenceClassification"]
     assert load_file("run/model.safetensors")["score.weight"].shape == (1, 32)
-    rewards = open_rewards(RewardConfig(reward=("model:run",)), tmp_path)
+    rewards = open_rewards(RewardConfig(reward=("model:run",)), tmp_path, "cpu")
     good, bad = rewards([sample(rows[0], "chosen"), sample(rows[0], "rejected")])
     assert good.total is not None and bad.total is not None and good.total > bad.total
     assert main(command) == 0 and "is done" in capsys.readouterr().err

@@ -200,6 +200,18 @@ def test_a_function_that_fails_costs_one_answer(functions: FunctionScorer) -> No
     assert reasons["none"] == "it gave None, which is no number"
 
 
+def test_a_function_that_forks_and_hangs_holds_up_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import os, time\ndef reward(prompt, completion, row):\n    if completion == 'fork':\n"
+        "        if not os.fork():\n            time.sleep(600)\n        time.sleep(600)\n    return 1.0\n"
+    )
+    scorer = FunctionScorer(f"{file}:reward", 0.5)
+    failed, fine = scorer([Sample("?", "fork", {}), Sample("?", "ab", {})])
+    assert isinstance(failed, Failure) and fine == 1
+    scorer.close()
+
+
 def test_rewards_are_added_with_their_weights_and_failures_left_out(functions: FunctionScorer, tmp_path: Path) -> None:
     rewards = Rewards({"mine": functions, "json": FunctionScorer("json", 5)}, (2.0, 0.5))
     row = {"bonus": 0}
@@ -219,12 +231,12 @@ def test_the_limit_of_failures() -> None:
 
 def test_several_by_name(tmp_path: Path) -> None:
     config = RewardConfig(reward=("exact", "format:.*", "format:So.*"), reward_weights=(1, 0.5, 0.25))
-    rewards = open_rewards(config, tmp_path)
+    rewards = open_rewards(config, tmp_path, "cpu")
     (found,) = rewards([Sample("?", "So 7", {"answer": 7})])
     assert found.total == 1.75 and list(found.parts) == ["exact", "format", "format_3"]
     rewards.close()
     with pytest.raises(UsageError, match="no reward is named"):
-        open_rewards(RewardConfig(), tmp_path)
+        open_rewards(RewardConfig(), tmp_path, "cpu")
 
 
 @pytest.mark.parametrize(
