@@ -74,11 +74,12 @@ def learn(model: Gemma2, objective: Objective, texts: DataConfig, tokenizer: Tok
         assert stream is not None
         return stream
 
-    def look(step: int) -> None:
+    def look(step: int) -> bool:
         found = evaluate(model, held_out(), config)
         assert found is not None
         curve.append((step, found["loss"]))
         print(f"  step {step:>5}: {curve[-1][1]:.4f}", flush=True)
+        return True
 
     with open_stream(texts, tokenizer, rows=ROWS, length=LENGTH) as stream:
         train_steps(Trainer(model, config, objective), stream, Hooks(evaluate=look))

@@ -279,6 +279,39 @@ loop.token_losses = told
     code, err = finished(started("run", script, "--held-out", "0.5", "--eval-every", "5"))
     assert code == 128 + signal.SIGTERM and "saved at step 5" in err
     assert not any("eval_loss" in record for record in log("run"))
+    code, err = finished(started("run", script, "--held-out", "0.5", "--eval-every", "5"))
+    assert code == 128 + signal.SIGTERM and "saved at step 5" in err  # there it is tried again
+    assert finished(started("run", "", "--held-out", "0.5", "--eval-every", "5"))[0] == 0
+    assert [r["step"] for r in log("run") if "eval_loss" in r] == [5, 10, 15, 20, 24]
+
+
+def test_a_signal_during_the_last_evaluation(work: Path) -> None:
+    script = """
+import os, signal
+from cabochon.train import loop
+real = loop.token_losses
+def told(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+loop.token_losses = told
+"""
+    code, err = finished(started("run", script, "--held-out", "0.5"))
+    assert code == 128 + signal.SIGTERM and f"saved at step {STEPS}" in err
+    assert not Path("run/config.json").exists()
+    assert finished(started("run", "", "--held-out", "0.5"))[0] == 0
+    assert [r["step"] for r in log("run") if "eval_loss" in r] == [STEPS]
+    assert Path("run/config.json").exists()
+
+
+def test_what_was_killed_in_a_save_goes_with_the_next_one(work: Path, whole: str) -> None:
+    shutil.copytree(whole, "run")
+    shutil.rmtree(f"run/checkpoints/{STEPS:06d}")
+    Path("run/config.json").unlink()
+    Path("run/checkpoints/.000019.abc.partial").mkdir()
+    Path("run/checkpoints/.000019.abc.partial/model.safetensors").write_bytes(b"half")
+    assert finished(started("run"))[0] == 0
+    assert not list(Path("run/checkpoints").glob(".*"))
+    same("run", whole)
 
 
 def test_a_folder_with_something_else_in_it(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

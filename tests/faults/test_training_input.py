@@ -48,6 +48,16 @@ def test_a_bad_configuration(
     assert not Path("run").exists()
 
 
+def test_rows_that_arrive_cannot_be_counted(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("rows.jsonl").open("rb") as arriving:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=arriving, isatty=lambda: False))
+        err = said(capsys, main(["train", "sft", "start", "--data", "-", "--length", "32", "--out", "run"]), 2)
+    assert "it is not there yet" in err and "--steps" in err
+    assert not Path("run").exists()
+
+
 def test_a_loss_that_is_no_number(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load_file("start/model.safetensors")
     tensors["model.embed_tokens.weight"] *= 1e30  # finite, and too large to be multiplied

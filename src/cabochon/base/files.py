@@ -116,7 +116,7 @@ def resumable_folder(path: Path, key: str, *, overwrite: bool = False) -> Iterat
         _swap(work.folder, path)
         _sync(path.parent)
         shutil.rmtree(kept, ignore_errors=True)
-        _remove_left_behind(path)
+        remove_left_behind(path.parent, _literal(path.name))
 
 
 @contextlib.contextmanager
@@ -181,7 +181,7 @@ def _swap(new: Path, path: Path) -> None:
 @contextlib.contextmanager
 def _locked_sibling(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path`, locked while this process lives; those of dead processes are removed."""
-    _remove_left_behind(path)
+    remove_left_behind(path.parent, _literal(path.name))
     while True:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         with _lock(temporary, wait=True) as ours:
@@ -190,8 +190,9 @@ def _locked_sibling(path: Path) -> Iterator[Path]:
                 return
 
 
-def _remove_left_behind(path: Path) -> None:
-    for left_behind in path.parent.glob(f".{_literal(path.name)}.*.partial"):
+def remove_left_behind(parent: Path, name: str = "*") -> None:
+    """Remove what processes that died while writing folders left in `parent`: of all folders, or of one name."""
+    for left_behind in parent.glob(f".{name}.*.partial"):
         with _lock(left_behind, wait=False) as ours:
             if ours:
                 shutil.rmtree(left_behind, ignore_errors=True)

@@ -1,7 +1,6 @@
 """Policies of WARP trained by `cabochon train policy`, each in a process of its own, so many at a time or by Ray."""
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from cabochon.base.errors import Elsewhere, MissingResource
 from cabochon.base.files import atomic_write
+from cabochon.base.toml import toml_value
 
 if TYPE_CHECKING:
     from cabochon.recipe.warp import Policy
@@ -79,9 +79,7 @@ class Trainer:
         settings = policy.out.with_name(f"{policy.out.name}.toml")
         settings.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(settings) as file:
-            # JSON's numbers, texts and lists are TOML's, but for halves of characters: \ud83d\ude00.
-            flags = {name: json.dumps(value, ensure_ascii=False) for name, value in self.flags(policy).items()}
-            lines = (f"{name} = {value}\n" for name, value in flags.items())
+            lines = (f"{name} = {toml_value(value)}\n" for name, value in self.flags(policy).items())
             file.write("".join(lines).encode())
         return ["train", "policy", str(policy.start), "--config", str(settings), "--out", str(policy.out)]
 

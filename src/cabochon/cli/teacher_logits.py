@@ -117,7 +117,7 @@ def _store(
 ) -> "TeacherIndex":
     from cabochon.base.files import unfinished_bytes
     from cabochon.base.progress import track
-    from cabochon.data.stream import count_batches, open_stream
+    from cabochon.data.stream import open_stream
     from cabochon.data.teacher_format import fingerprint, position_bytes
     from cabochon.data.teacher_index import TeacherFacts
     from cabochon.train.teacher_logits import store_teacher
@@ -133,11 +133,10 @@ def _store(
         tokenizer=fingerprint(tokenizer),
         data=rows.settled(),
     )
-    shape = {"rows": store.rows, "length": store.length}
-    with open_stream(rows, tokenizer, **shape) as stream:
+    with open_stream(rows, tokenizer, rows=store.rows, length=store.length) as stream:
         total = store.steps or None
         if rows.epochs and not any(_passes_once(source) for source in rows.sources):
-            counted = count_batches(rows, tokenizer, **shape)
+            counted = stream.count()
             total = min(total or counted, counted)
         if total:
             most = total * store.rows * store.length * position_bytes(store.k, size)

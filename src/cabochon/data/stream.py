@@ -75,6 +75,15 @@ class BatchStream:
         """Another stream from the beginning, without looking through the sources once more."""
         return type(self)(self._plan, self._rank, self._world)
 
+    def count(self) -> int:
+        """How many batches there are from the beginning to the end: every document is tokenised, and packed on paper.
+
+        Raises as `open_stream`, and `UsageError` when the data has no end or cannot be read beforehand.
+        """
+        self._plan.check_countable()
+        with type(self)(replace(self._plan, lengths_only=True), 0, 1) as stream:
+            return sum(1 for _ in stream)
+
     def empty(self) -> Batch:
         """A batch of nothing but filler, counted like the others: for a step of other ranks after this one's end."""
         self._batches += 1
@@ -178,17 +187,6 @@ def open_eval(
     _check_ranks(rows, world)
     plan = plan_eval(config, tokenizer, rows=rows, length=length, world=world)
     return None if plan is None else BatchStream(plan, rank, world)
-
-
-def count_batches(config: DataConfig, tokenizer: Tokenizer, *, rows: int, length: int) -> int:
-    """How many batches `open_stream` gives, with `epochs`: every document is tokenised once, and packed on paper.
-
-    Raises as `open_stream`, and `UsageError` when the data has no end or cannot be read beforehand.
-    """
-    plan = plan_training(config, tokenizer, rows=rows, length=length, world=1)
-    plan.check_countable()
-    with BatchStream(replace(plan, lengths_only=True), 0, 1) as stream:
-        return sum(1 for _ in stream)
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from cabochon.base.errors import MissingResource, UsageError
 from cabochon.base.machine import free_memory
 from cabochon.data.config import DataConfig
 from cabochon.data.pack import Batch
-from cabochon.data.stream import BatchStream, count_batches, open_eval, open_stream
+from cabochon.data.stream import BatchStream, open_eval, open_stream
 from cabochon.data.teacher import open_teacher
 from cabochon.model.config import Gemma2Config
 from cabochon.model.gemma2 import Gemma2
@@ -234,10 +234,11 @@ def _given(
         )  # fmt: skip
         check_stored(stored.index, settings.distill, tokenizer, shape, str(folder))
         return stored, lambda: stored.batches or 0
-    opened = {"rows": train.rows, "length": train.length}
-    stream = open_stream(settings.data, tokenizer, **opened, rank=ranks.part, world=ranks.parts)
+    stream = open_stream(
+        settings.data, tokenizer, rows=train.rows, length=train.length, rank=ranks.part, world=ranks.parts
+    )
     _check_pairs(settings, stream)
-    return stream, lambda: count_batches(settings.data, tokenizer, **opened)
+    return stream, stream.count
 
 
 def _aim(settings: Settings, tokenizer: Tokenizer, shape: Gemma2Config, ranks: Ranks) -> Aim:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cabochon.base.errors import BadInput, MissingResource
-from cabochon.base.files import atomic_folder, sha256
+from cabochon.base.files import atomic_folder, remove_left_behind, sha256
 from cabochon.train.optim import remember, remembered, trainable
 from cabochon.train.parts import Parts
 from cabochon.train.ranks import SINGLE, Ranks
@@ -149,9 +149,10 @@ def before(run: Path, step: int) -> Path | None:
 
 
 def remove_old(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the last `keep`."""
+    """Remove all checkpoints but the last `keep`, and what dead processes left of those that they were writing."""
     for old in _folders(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+    remove_left_behind(run / FOLDER)
 
 
 def latest(run: Path, report: Callable[[str], None], ranks: Ranks = SINGLE) -> Checkpoint | None:

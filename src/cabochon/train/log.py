@@ -48,6 +48,12 @@ class Log:
         for tracker in self.trackers:
             tracker(finite)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after a step is there."""
+        return any(
+            record["step"] == step and any(name.startswith("eval_") for name in record) for record in self.records
+        )
+
     def draw(self, title: str) -> None:
         """Write the curves."""
         self._draw(CURVE, title, "loss in nats", (("training", "loss"), ("held out", "eval_loss")))

@@ -39,10 +39,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is to happen between steps. `evaluate` and `save` get the steps done."""
+    """What is to happen between steps. `evaluate` and `save` get the steps done; `evaluate` says whether it came to its
+    end."""
 
     report: Callable[[Progress], None] = lambda _: None
-    evaluate: Callable[[int], None] = lambda _: None
+    evaluate: Callable[[int], bool] = lambda _: True
     save: Callable[[int], None] = lambda _: None
     stop: Callable[[], bool] = lambda: False
 
@@ -58,16 +59,20 @@ def train(
 
 
 def train_steps(trainer: Trainer, batches: Iterator[Batch], hooks: Hooks = Hooks()) -> bool:
-    """Go on until `config.steps` steps are done. True: they are; False: `hooks.stop` ended the run, which was saved.
+    """Go on until `config.steps` steps are done.
+
+    True: they are, and evaluated. False: `hooks.stop` ended the run, which was saved.
 
     Raises:
         UsageError: the data ended early.
         BadInput: the loss is no number any more, or the data says that the run has to end.
     """
     config, since = trainer.config, _Since()
+    saved, whole = trainer.step_number, True  # a run that goes on comes out of a checkpoint
     while trainer.step_number < config.steps:
         if hooks.stop():
-            hooks.save(trainer.step_number)
+            if saved != trainer.step_number or not saved:
+                hooks.save(trainer.step_number)
             return False
         try:
             batch = next(batches, None)
@@ -87,11 +92,12 @@ def train_steps(trainer: Trainer, batches: Iterator[Batch], hooks: Hooks = Hooks
             hooks.report(since.progress())
             since = _Since()
         if last or (config.eval_every and step % config.eval_every == 0):
-            hooks.evaluate(step)
+            whole = hooks.evaluate(step)
         if last or (config.save_every and step % config.save_every == 0):
             hooks.save(step)
+            saved = step
     trainer.model.eval()
-    return True
+    return whole
 
 
 @dataclass

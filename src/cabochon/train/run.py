@@ -7,7 +7,6 @@ OUT/log.jsonl, OUT/loss.svg                        what happened
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 from cabochon.base.errors import MissingResource, UsageError
 from cabochon.base.files import atomic_folder, atomic_write, only_writer
+from cabochon.base.toml import toml_value
 from cabochon.data.pack import Batch
 from cabochon.data.stream import merge_states
 from cabochon.train import checkpoint
@@ -147,7 +147,8 @@ class Run:
                 save=lambda step: self._save(feed.state_at(step)),
                 stop=stopped,
             )
-            ended = self._train(feed, hooks)
+            owed = self._owes_an_evaluation(log)
+            ended = (not owed or hooks.evaluate(trainer.step_number)) and self._train(feed, hooks)
             for remark in self.stream.remarks():
                 self.note(remark)
             if not ended:
@@ -209,9 +210,19 @@ class Run:
                 "give the settings in its settings.toml to go on with it, or name a new folder",
             )
 
-    def _evaluate(self, step: int, log: Log | None, stop: Callable[[], bool]) -> None:
+    def _owes_an_evaluation(self, log: Log | None) -> bool:
+        """Whether a signal came into the evaluation of the step that the run goes on from."""
+        trainer = self.trainer
+        step, every = trainer.step_number, trainer.config.eval_every
+        due = step > 0 and (step == trainer.config.steps or bool(every and step % every == 0))
+        if not due or self.held_out is None:
+            return False
+        return self.ranks.on_first(lambda: log is not None and not log.has_evaluation(step))
+
+    def _evaluate(self, step: int, log: Log | None, stop: Callable[[], bool]) -> bool:
+        """Whether it came to its end."""
         if self.held_out is None:
-            return
+            return True
         trainer = self.trainer
         self._swap_average()
         found = evaluate(trainer.model, self.held_out(), trainer.config, self.ranks, stop, self.measure)
@@ -221,6 +232,7 @@ class Run:
             log.add(record)
             log.draw(self.out.name)
             self.show(record)
+        return found is not None
 
     def _swap_average(self) -> None:
         if self.trainer.average and self.average:
@@ -240,7 +252,7 @@ class Run:
             checkpoint.save(self.out, self.trainer, self.weights, facts, keep)
 
     def _write_settings(self) -> None:
-        lines = (f"{name} = {_toml(value)}\n" for name, value in self.asked.items())
+        lines = (f"{name} = {toml_value(value)}\n" for name, value in self.asked.items())
         try:
             with atomic_write(self.out / SETTINGS) as file:
                 file.write("".join(lines).encode())
@@ -341,12 +353,3 @@ def _check_folder(out: Path, *, resume: bool) -> None:
         raise UsageError(
             f"{out} holds a run already", "--resume never starts anew", "name a new folder, or go on: --resume auto"
         )
-
-
-def _toml(value: Any) -> str:
-    """A number, text, switch or list of these as TOML, which writes them as JSON does, but for the infinite."""
-    if value == math.inf:
-        return "inf"
-    # TOML has no pairs of surrogates, and wants the one control character escaped that JSON does not.
-    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-    return json.dumps(plain, ensure_ascii=False).replace("\x7f", "\\u007f")

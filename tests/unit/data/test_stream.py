@@ -15,7 +15,7 @@ from stream_checks import Pairs, Ranks, documents, expected, segments
 from cabochon.base.errors import BadInput, UsageError
 from cabochon.data.config import DataConfig
 from cabochon.data.pack import IGNORED
-from cabochon.data.stream import count_batches, merge_states, open_eval, open_stream
+from cabochon.data.stream import merge_states, open_eval, open_stream
 from cabochon.text.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[2] / "golden" / "text")
@@ -84,7 +84,7 @@ def test_running_text_comes_whole_once_in_each_epoch(
         assert stream.documents == epochs * len(texts)
         assert stream.real_tokens == epochs * sum(map(len, wanted))
         assert stream.real_tokens + stream.padded_tokens == len(batches) * rows * length
-        assert count_batches(config, TOKENIZER, rows=rows, length=length) == len(batches)
+        assert stream.count() == len(batches)
         if rows == 1 and not shuffle:
             assert found == wanted * epochs
 
@@ -114,7 +114,7 @@ def test_chats_come_whole_or_cut_once_in_each_epoch(
         assert stream.truncated == epochs * sum(len(chat_pairs(chat)) > len(chat_pairs(chat)[:length])
                                                 for chat, pairs in zip(chats, wanted, strict=True)
                                                 if pairs in usable)  # fmt: skip
-        assert count_batches(config, TOKENIZER, rows=rows, length=length) == len(batches)
+        assert stream.count() == len(batches)
         if not packing:
             assert all(len(list(segments(row))) <= 1 for batch in batches for row in batch)
 

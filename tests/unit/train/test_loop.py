@@ -12,7 +12,7 @@ from cabochon.model import head as head_module
 from cabochon.model.gemma2 import Gemma2
 from cabochon.model.head import token_losses
 from cabochon.train.config import TrainConfig
-from cabochon.train.loop import Progress, evaluate, train
+from cabochon.train.loop import Hooks, Progress, evaluate, train, train_steps
 from cabochon.train.objectives import next_tokens
 from cabochon.train.schedule import schedule
 from cabochon.train.step import Trainer
@@ -118,3 +118,20 @@ def test_evaluation_is_the_mean_over_all_targets_of_all_batches() -> None:
     assert model.training
     with pytest.raises(UsageError, match="no target"):
         evaluate(model, iter([]), config)
+
+
+@pytest.mark.parametrize(("done", "saves"), [(0, [1]), (1, [])])
+def test_a_run_that_stops_at_a_checkpoint_does_not_write_it_again(done: int, saves: list[int]) -> None:
+    config, found = TrainConfig(steps=9, save_every=1), list[int]()
+    trainer = Trainer(small_model(), config, next_tokens(config))
+    trainer.step_number = done
+    stop = Hooks(save=found.append, stop=lambda: trainer.step_number == 1)
+    assert not train_steps(trainer, iter([batch()] * 9), stop)
+    assert found == saves
+
+
+def test_steps_are_not_done_before_their_last_evaluation_is() -> None:
+    config, found = TrainConfig(steps=2), list[int]()
+    trainer = Trainer(small_model(), config, next_tokens(config))
+    assert not train_steps(trainer, iter([batch()] * 2), Hooks(save=found.append, evaluate=lambda _: False))
+    assert found == [2]
