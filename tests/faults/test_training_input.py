@@ -52,7 +52,7 @@ def test_rows_that_arrive_cannot_be_counted(
     work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Path("rows.jsonl").open("rb") as arriving:
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=arriving, isatty=lambda: False))
+        monkeypatch.setattr(sys, "stdin", arriving)
         err = said(capsys, main(["train", "sft", "start", "--data", "-", "--length", "32", "--out", "run"]), 2)
     assert "it is not there yet" in err and "--steps" in err
     assert not Path("run").exists()
